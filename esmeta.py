@@ -1,0 +1,1163 @@
+"""ESMeta: meta reinforcement learning whose exploration distribution evolution strategies learn.
+
+One file of NumPy for one paper, "Meta Reinforcement Learning with Distribution of Exploration
+Parameters Learned by Evolution Strategies" (Shen, Yang, Yuan, Liu). The tasks are in tasks.py.
+
+Symbols                                                   shape     made by
+  mu, sigma   mean and std of P_actor and P_critic        (P,)      initial_state
+  eps         (theta - mu) / sigma ~ N(0, 1)              (K, P)    sample_noise
+  theta       weights of the K exploring actors           (K, P)    evaluate_worker
+  theta_bar   mean of the K actors                        (P,)      evaluate_worker
+  phi         weights of the critic                       (P_c,)    evaluate_worker
+  F           fitness of a worker                         (M,)      evaluate_worker
+  u           utility of a worker: its fitness in ranks   (M,)      utilities
+  M, K, H     workers, explorers of a worker, horizon in steps
+
+Algorithm 1                                                         function
+  initialise P_actor(mu_a, sigma_a), P_critic(mu_c, sigma_c)        initial_state
+  while not done                                                    train
+    sample a mini-batch of tasks T_t                                sample_goals
+    for i in M                                                      Crew.map
+      sample K actors theta_1 .. theta_K and a critic phi           evaluate_worker
+      for each task t in T_t
+        get K trajectories from the K actors                        rollout
+        theta_bar = mean of theta_1 .. theta_K                      evaluate_worker
+        train theta_bar and phi on the K trajectories               adapt
+        sample the fitness of the adapted actor and critic          rollout, critic_error
+    update mu and sigma of actor and critic by Eq. 10               update_distribution
+"""
+
+import os
+
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")  # the processes have the cores: BLAS must not fight
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import multiprocessing
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import tasks
+
+# ---- configuration: every default with its provenance -------------------------------------------
+
+
+def setting(default, source, text):
+    """A configuration field: its default, where that comes from, a line of help."""
+    return dataclasses.field(default=default, metadata={"source": source, "help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides a bit of a run; TASK_SETTINGS and PAPER are other defaults."""
+
+    task: str = setting("cheetah_vel", "paper", "one of " + ", ".join(tasks.TASKS))
+    seed: int = setting(0, "ours", "of every random number")
+    workers: int = setting(64, "paper", "M, workers an iteration")
+    rollouts: int = setting(20, "paper", "K, exploring actors and trajectories of a worker")
+    sigma_actor: float = setting(0.03, "ours", "initial sigma of the actor")
+    sigma_critic: float = setting(0.03, "ours", "initial sigma of the critic")
+    correlation: float = setting(0.5, "ours", "rho of eps between the K actors of a worker")
+    obs_clip: float = setting(5.0, "ours", "bound of normalised observations; 0: raw ones")
+    gamma: float = setting(0.97, "ours", "discount of the critic's targets")
+    n_step: int = setting(30, "ours", "rewards in a critic target; 1: textbook DDPG")
+    centre: bool = setting(True, "ours", "subtract the trajectories' mean reward from rewards")
+    cycles: int = setting(1, "ours", "gradient updates: (fit critic, step actor) on one data set")
+    critic_updates: int = setting(100, "ours", "minibatches of the critic in a cycle")
+    critic_batch: int = setting(128, "ours", "rows in a minibatch")
+    critic_lr: float = setting(3e-3, "ours", "Adam rate of the critic")
+    actor_rule: str = setting("sigma", "ours", "step along sigma^2 grad; or sgd on a minibatch")
+    actor_step: float = setting(3.3, "ours", "length of the actor step in sigmas; rate of sgd")
+    target_tau: float = setting(1.0, "ours", "share by which the targets follow after a cycle")
+    goals: int = setting(4, "ours", "|T_t|, tasks that a worker adapts to in an iteration")
+    test_rollouts: int = setting(4, "ours", "fresh rollouts that a fitness averages, per task")
+    antithetic: bool = setting(True, "ours", "workers in pairs of eps and -eps on common seeds")
+    utility: str = setting("rank", "ours", "rank: utilities in [-0.5, 0.5]; raw: the fitness")
+    natural: bool = setting(True, "ours", "natural gradient of Eq. 10: steps in sigmas")
+    lr_mu_actor: float = setting(12.0, "ours", "SGD rate of mu_a")
+    lr_sigma_actor: float = setting(1.0, "ours", "SGD rate of sigma_a")
+    lr_mu_critic: float = setting(1.0, "ours", "SGD rate of mu_c")
+    lr_sigma_critic: float = setting(1.0, "ours", "SGD rate of sigma_c")
+    half_life: float = setting(0.0, "ours", "iterations in which lr_mu halves; 0: constant")
+
+
+TASK_SETTINGS = {
+    "cheetah_dir": dict(goals=2),
+    "ant_dir": dict(rollouts=40, goals=2),
+}
+PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, cycles=50,
+             critic_updates=1, critic_lr=1e-3, actor_rule="sgd", actor_step=1e-4,
+             target_tau=1e-3, goals=1, test_rollouts=1, antithetic=False, utility="raw",
+             natural=False, lr_mu_actor=1e-5, lr_sigma_actor=1e-5, lr_mu_critic=1e-5,
+             lr_sigma_critic=1e-5, half_life=0.0)
+ITERATIONS = dict(cheetah_vel=400, cheetah_dir=300, ant_vel=400, ant_dir=400, point_goal=60)
+EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
+
+
+def make_config(task, paper=False, **explicit):
+    """Config from defaults, the task's settings, the --paper preset, then explicit values."""
+    return Config(task=task, **{**TASK_SETTINGS.get(tasks.find_task(task).name, {}),
+                                **(PAPER if paper else {}), **explicit})
+
+
+def check_config(config):
+    """The config, if every field is of its type and makes sense; else ValueError in one line."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), type(field.default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{field.name} must be a {kind.__name__}, not {value!r}")
+        low, high = LIMITS.get(field.name, (-math.inf, math.inf))
+        if kind in (int, float) and not low <= value <= high:
+            raise ValueError(f"{field.name} must be from {low:g} to {high:g}, not {value!r}")
+    tasks.find_task(config.task)
+    for name, choices in (("actor_rule", ("sigma", "sgd")), ("utility", ("rank", "raw"))):
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name} must be one of {choices}, not {getattr(config, name)!r}")
+    if config.antithetic and config.workers % 2:
+        raise ValueError(f"workers must be even, as antithetic pairs are, not {config.workers}")
+    return config
+
+
+LIMITS = dict(
+    seed=(0, 2**63 - 1), workers=(2, 100_000), rollouts=(1, 10_000), sigma_actor=(1e-6, 10),
+    sigma_critic=(1e-6, 10), correlation=(0, 0.99), obs_clip=(0, 1e6), gamma=(0, 0.99999),
+    n_step=(1, 10_000), cycles=(1, 10_000), critic_updates=(1, 1_000_000), critic_lr=(0, 10),
+    critic_batch=(1, 1_000_000), actor_step=(0, 1e6), target_tau=(0, 1), goals=(1, 1000),
+    test_rollouts=(1, 10_000), lr_mu_actor=(0, 1e6), lr_sigma_actor=(0, 1e6),
+    lr_mu_critic=(0, 1e6), lr_sigma_critic=(0, 1e6), half_life=(0, 1e12))
+
+INIT, NOISE, GOALS, DATA, STARTS, EVAL = range(6)
+
+
+def generator(kind, seed, iteration, index):
+    """The generator of one piece of work. Keys have one length: [1] and [1, 0] would collide."""
+    return np.random.default_rng([kind, seed, iteration, index])
+
+
+# ---- networks: one flat vector of weights each, layers are views into it --------------------------
+
+class Dims(NamedTuple):
+    """Sizes of a task's networks: observation, action, both hidden layers."""
+
+    obs: int
+    act: int
+    hidden: int = 100
+
+
+def actor_shapes(dims):
+    """Shapes of W1, b1, W2, b2, W3, b3 in the order of the flat vector theta."""
+    o, a, h = dims
+    return (o, h), (h,), (h, h), (h,), (h, a), (a,)
+
+
+def critic_shapes(dims):
+    """Shapes of W1, b1, W2, b2, W3, b3 in phi; the action joins at the second hidden layer."""
+    o, a, h = dims
+    return (o, h), (h,), (h + a, h), (h,), (h, 1), (1,)
+
+
+def actor_size(dims):
+    """Number of weights P of the actor."""
+    return sum(math.prod(shape) for shape in actor_shapes(dims))
+
+
+def critic_size(dims):
+    """Number of weights P_c of the critic."""
+    return sum(math.prod(shape) for shape in critic_shapes(dims))
+
+
+def unpack(flat, shapes):
+    """Views of flat (..., P) as layers (..., *shape), in order."""
+    layers, start = [], 0
+    for shape in shapes:
+        stop = start + math.prod(shape)
+        layers.append(flat[..., start:stop].reshape(flat.shape[:-1] + shape))
+        start = stop
+    return layers
+
+
+def xavier(shapes, rng):
+    """Weights ~ U(-b, b), b = sqrt(6 / (fan_in + fan_out)); biases zero; flat, float64."""
+    parts = []
+    for shape, is_weight in zip(shapes, (True, False) * 3):
+        bound = math.sqrt(6 / sum(shape)) if is_weight else 0.0
+        parts.append(rng.uniform(-bound, bound, math.prod(shape)))
+    return np.concatenate(parts)
+
+
+def actor_init(dims, rng):
+    """Xavier weights of an actor, theta (P,), float64."""
+    return xavier(actor_shapes(dims), rng)
+
+
+def critic_init(dims, rng):
+    """Xavier weights of a critic, phi (P_c,), float64."""
+    return xavier(critic_shapes(dims), rng)
+
+
+def actor_forward(theta, obs, dims):
+    """The policy a = tanh(W3 relu(W2 relu(W1 s))), biases everywhere.
+
+    theta (P,), obs (B, obs) -> action (B, act), cache; or K actors at once: theta (K, P),
+    obs (K, B, obs) -> action (K, B, act), cache.
+    """
+    w1, b1, w2, b2, w3, b3 = unpack(theta, actor_shapes(dims))
+    h1 = np.maximum(obs @ w1 + b1[..., None, :], 0)
+    h2 = np.maximum(h1 @ w2 + b2[..., None, :], 0)
+    action = np.tanh(h2 @ w3 + b3[..., None, :])
+    return action, (theta, dims, obs, h1, h2, action)
+
+
+def actor_backward(d_action, cache):
+    """Gradient of sum(d_action * action) in theta: d_action (B, act) -> d_theta (P,)."""
+    theta, dims, obs, h1, h2, action = cache
+    _, _, w2, _, w3, _ = unpack(theta, actor_shapes(dims))
+    d_theta = np.empty_like(theta)
+    d_w1, d_b1, d_w2, d_b2, d_w3, d_b3 = unpack(d_theta, actor_shapes(dims))
+    d_z3 = d_action * (1 - action * action)
+    d_z2 = d_z3 @ w3.T
+    d_z2 *= h2 > 0
+    d_z1 = d_z2 @ w2.T
+    d_z1 *= h1 > 0
+    for d_w, d_b, x, d_z in (d_w1, d_b1, obs, d_z1), (d_w2, d_b2, h1, d_z2), (d_w3, d_b3, h2, d_z3):
+        np.matmul(x.T, d_z, out=d_w)
+        d_z.sum(0, out=d_b)
+    return d_theta
+
+
+def critic_forward(phi, obs, action, dims):
+    """The value Q(s, a): phi (P_c,), obs (B, obs), action (B, act) -> q (B,), cache."""
+    w1, b1, w2, b2, w3, b3 = unpack(phi, critic_shapes(dims))
+    h1 = obs @ w1
+    h1 += b1
+    np.maximum(h1, 0, out=h1)
+    joined = np.concatenate([h1, action], axis=1)  # (B, hidden + act)
+    h2 = joined @ w2
+    h2 += b2
+    np.maximum(h2, 0, out=h2)
+    return (h2 @ w3 + b3)[:, 0], (phi, dims, obs, joined, h2)
+
+
+def critic_hidden_gradients(d_q, cache):
+    """Gradients of sum(d_q * q) before and at the input of layer 2: (B, hidden), (B, hidden + act)."""
+    phi, dims, _, _, h2 = cache
+    _, _, w2, _, w3, _ = unpack(phi, critic_shapes(dims))
+    d_z2 = d_q[:, None] * w3[:, 0]
+    d_z2 *= h2 > 0
+    return d_z2, d_z2 @ w2.T
+
+
+def critic_backward(d_q, cache):
+    """Gradients of sum(d_q * q): d_q (B,) -> d_phi (P_c,), d_action (B, act)."""
+    phi, dims, obs, joined, h2 = cache
+    d_phi = np.empty_like(phi)
+    d_w1, d_b1, d_w2, d_b2, d_w3, d_b3 = unpack(d_phi, critic_shapes(dims))
+    d_z2, d_joined = critic_hidden_gradients(d_q, cache)
+    d_z1 = d_joined[:, : dims.hidden] * (joined[:, : dims.hidden] > 0)
+    for d_w, d_b, x, d_z in (d_w1, d_b1, obs, d_z1), (d_w2, d_b2, joined, d_z2), (d_w3, d_b3, h2, d_q[:, None]):
+        np.matmul(x.T, d_z, out=d_w)
+        d_z.sum(0, out=d_b)
+    return d_phi, d_joined[:, dims.hidden :]
+
+
+# ---- DDPG: adapt the mean actor and the critic to one task ----------------------------------------
+
+
+class Trajectories(NamedTuple):
+    """N trajectories in lockstep, time first; what follows a termination is not valid."""
+
+    obs: np.ndarray  # (H + 1, N, obs), normalised
+    action: np.ndarray  # (H, N, act)
+    reward: np.ndarray  # (H, N)
+    terminated: np.ndarray  # (H, N): the task ended here; the horizon is no termination
+    valid: np.ndarray  # (H, N)
+
+    def returns(self):
+        """Undiscounted return of each trajectory, (N,)."""
+        return np.sum(self.reward, axis=0, where=self.valid, dtype=np.float64)
+
+    def part(self, start, stop):
+        """Trajectories start .. stop - 1 alone."""
+        return Trajectories(*(array[:, start:stop] for array in self))
+
+
+def nstep_targets(reward, terminated, value, gamma, n):
+    """y_t = r_t + .. + gamma^(m-1) r_(t+m-1) + gamma^m V(s_(t+m)), m = min(n, H - t).
+
+    The horizon bootstraps, a termination does not. reward, terminated (H, N), value (H + 1, N) of
+    every state -> (H, N).
+    """
+    target = value.copy()
+    discount = np.where(terminated, 0, gamma).astype(value.dtype)
+    for _ in range(n):  # a Bellman backup along all trajectories
+        target[:-1] = reward + discount * target[1:]
+    return target[:-1]
+
+
+def critic_targets(theta, phi, data, config, dims):
+    """The n-step targets (H, N) of data, with V(s) = Q_phi(s, a_theta(s))."""
+    rows = data.obs.reshape(-1, dims.obs)
+    value = critic_forward(phi, rows, actor_forward(theta, rows, dims)[0], dims)[0]
+    reward = data.reward
+    if config.centre:  # Q counts what exceeds the mean reward; so does the zero after an end
+        mean = reward[data.valid].mean()
+        reward = reward - mean - data.terminated * mean * (config.gamma / (1 - config.gamma))
+    return nstep_targets(reward.astype(value.dtype), data.terminated,
+                         value.reshape(data.obs.shape[:-1]), config.gamma, config.n_step)
+
+
+def critic_error(theta, phi, data, config, dims):
+    """Mean of (Q_phi(s, a) - y)^2 over the valid rows of data, y from theta and phi themselves."""
+    target = critic_targets(theta, phi, data, config, dims)[data.valid]
+    q, _ = critic_forward(phi, data.obs[:-1][data.valid], data.action[data.valid], dims)
+    return float(np.mean((q - target) ** 2))
+
+
+class Adam(NamedTuple):
+    """Moments of Adam (Kingma and Ba 2014) over one flat vector; `descend` works in place."""
+
+    m: np.ndarray
+    v: np.ndarray
+    scratch: np.ndarray
+
+    def descend(self, weights, gradient, lr, t, beta1=0.9, beta2=0.999, eps=1e-8):
+        """weights -= lr m_hat / (sqrt(v_hat) + eps): the t-th step, t from 1; all (P,)."""
+        m, v, scratch = self
+        m *= beta1
+        m += np.multiply(gradient, 1 - beta1, out=scratch)
+        v *= beta2
+        np.multiply(gradient, gradient, out=scratch)
+        scratch *= 1 - beta2
+        v += scratch
+        np.sqrt(v, out=scratch)
+        scratch += eps * math.sqrt(1 - beta2**t)
+        np.divide(m, scratch, out=scratch)
+        scratch *= lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        weights -= scratch
+
+
+def fit_critic(phi, obs, action, target, rows, lr, dims):
+    """Descend the mean of (Q_phi(s, a) - y)^2, one Adam step for each minibatch; y stays fixed.
+
+    phi (P_c,), obs (B, obs), action (B, act), target (B,), rows (updates, batch) -> phi' (P_c,).
+    """
+    phi = phi.copy()
+    adam = Adam(*np.zeros((3, len(phi)), phi.dtype))
+    for t, batch in enumerate(rows, start=1):
+        q, cache = critic_forward(phi, obs[batch], action[batch], dims)
+        d_q = (q - target[batch]) * phi.dtype.type(2 / len(batch))
+        d_phi, _ = critic_backward(d_q, cache)
+        adam.descend(phi, d_phi, lr, t)
+    return phi
+
+
+def policy_gradient(theta, phi, obs, dims):
+    """Eq. 3, the mean of grad_theta a_theta(s) grad_a Q_phi(s, a): obs (B, obs) -> (P,)."""
+    action, actor_cache = actor_forward(theta, obs, dims)
+    _, critic_cache = critic_forward(phi, obs, action, dims)
+    d_q = np.full(len(obs), 1 / len(obs), obs.dtype)
+    _, d_joined = critic_hidden_gradients(d_q, critic_cache)
+    return actor_backward(d_joined[:, dims.hidden :], actor_cache)
+
+
+def step_actor(theta, gradient, sigma, config):
+    """theta + step sigma (sigma g) / |sigma g|, `step` sigmas along sigma^2 g; or theta + step g.
+
+    theta, gradient, sigma (P,) -> (P,).
+    """
+    if config.actor_rule == "sgd":
+        return theta + config.actor_step * gradient
+    direction = sigma * gradient
+    length = max(float(np.linalg.norm(direction)), 1e-30)
+    return theta + sigma * direction * (config.actor_step / length)
+
+
+def adapt(theta_bar, phi, data, sigma, config, dims, rng):
+    """DDPG on K trajectories: `cycles` times fit the critic, step the actor, move the targets.
+
+    theta_bar, sigma (P,), phi (P_c,), data (H, K) -> adapted theta (P,), phi (P_c,).
+    """
+    theta, target_theta, target_phi, tau = theta_bar, theta_bar, phi, config.target_tau
+    obs, action = data.obs[:-1][data.valid], data.action[data.valid]  # (B, obs), (B, act)
+    for _ in range(config.cycles):
+        target = critic_targets(target_theta, target_phi, data, config, dims)[data.valid]
+        rows = rng.integers(len(obs), size=(config.critic_updates, config.critic_batch))
+        phi = fit_critic(phi, obs, action, target, rows, config.critic_lr, dims)
+        batch = obs if config.actor_rule == "sigma" else obs[rows[-1]]
+        theta = step_actor(theta, policy_gradient(theta, phi, batch, dims), sigma, config)
+        target_theta = (1 - tau) * target_theta + tau * theta
+        target_phi = (1 - tau) * target_phi + tau * phi
+    return theta, phi
+
+
+# ---- NES: the gradient of the distribution ---------------------------------------------------------
+
+
+def log_density(theta, mu, sigma):
+    """log N(theta; mu, sigma^2) summed over weights: theta (.., P), mu, sigma (P,) -> (..)."""
+    z = (theta - mu) / sigma
+    return -np.sum(0.5 * z * z + np.log(sigma) + 0.5 * math.log(2 * math.pi), axis=-1)
+
+
+def nes_gradient(theta, fitness, mu, sigma):
+    """Eq. 10 to the letter: theta (M, K, P), fitness (M,), mu, sigma (P,) -> d_mu, d_sigma (P,).
+
+    d_mu    = 1/M sum_i F_i sum_j (theta_ij - mu) / sigma^2
+    d_sigma = 1/M sum_i F_i sum_j ((theta_ij - mu)^2 - sigma^2) / sigma^3
+    """
+    d = theta - mu  # (M, K, P)
+    d_mu = np.mean(fitness[:, None] * np.sum(d / sigma**2, axis=1), axis=0)  # Eq. 10
+    d_sigma = np.mean(fitness[:, None] * np.sum((d**2 - sigma**2) / sigma**3, axis=1), axis=0)
+    return d_mu, d_sigma
+
+
+def summed_gradient(eps_sum, eps_square, u_mu, u_sigma, sigma, k, rho=0.0):
+    """Eq. 10 from sums over j, for K actors whose eps correlate by rho; equal to it at rho = 0.
+
+    With eps_sum = sum_j eps_ij, eps_square = sum_j eps_ij^2 (M, P), c = 1 + (K - 1) rho:
+    d_mu    = 1/M sum_i u_i eps_sum_i / (c sigma)
+    d_sigma = 1/M sum_i u_i ((eps_square_i - rho / c eps_sum_i^2) / (1 - rho) - K) / sigma
+    utilities (M,), sigma (P,) -> d_mu, d_sigma (P,).
+    """
+    m, c = len(eps_sum), 1 + (k - 1) * rho
+    d_mu = u_mu @ eps_sum / (m * c * sigma)
+    square = u_sigma @ eps_square - rho / c * (u_sigma @ eps_sum**2)
+    return d_mu, (square / (1 - rho) - k * u_sigma.sum()) / (m * sigma)
+
+
+def natural_gradient(d_mu, d_sigma, sigma, k, rho=0.0):
+    """The inverse Fisher matrix times Eq. 10, for mu and for log sigma: all (P,) -> (P,), (P,).
+
+    F_mu = K / ((1 + (K - 1) rho) sigma^2), F_(log sigma) = 2 K.
+    """
+    return d_mu * sigma**2 * ((1 + (k - 1) * rho) / k), d_sigma * sigma / (2 * k)
+
+
+def ranks(values):
+    """Ranks from 0 of values (n,); ties share their mean rank."""
+    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[inverse]
+
+
+def centred_ranks(fitness):
+    """Ranks of fitness (M,) scaled to [-0.5, 0.5]; ties share their mean, a constant gives zeros."""
+    return (ranks(fitness) - (len(fitness) - 1) / 2) / max(len(fitness) - 1, 1)
+
+
+def pair_utilities(fitness):
+    """+ and - the rank of their difference for neighbours (0, 1), (2, 3), ..: (M,) -> (M,).
+
+    The better one gets +, the largest difference 0.5, equals 0.
+    """
+    difference = fitness[0::2] - fitness[1::2]
+    half = np.sign(difference) * (ranks(np.abs(difference)) + 1) / (2 * len(difference))
+    return np.stack([half, -half], axis=1).ravel()
+
+
+def utilities(fitness, config):
+    """Utilities for mu and for sigma, (M,) each, from the workers' fitness (M,).
+
+    eps^2 is the same in both halves of an antithetic pair, so +u and -u cancel in sigma's
+    gradient: there, pairs are compared by their means.
+    """
+    finite = np.isfinite(fitness)
+    if not finite.all():  # a worker that broke ranks last
+        fitness = np.where(finite, fitness, fitness[finite].min() - 1)
+    if config.utility == "raw":
+        return fitness, fitness
+    if not config.antithetic:
+        return centred_ranks(fitness), centred_ranks(fitness)
+    means = fitness.reshape(-1, 2).mean(axis=1)
+    return pair_utilities(fitness), np.repeat(centred_ranks(means), 2)
+
+
+def ascend(mu, sigma, eps_sum, eps_square, fitness, k, rho, lr_mu, lr_sigma, config):
+    """mu and sigma (P,) one SGD step up Eq. 10 or its natural gradient; sigma stays positive."""
+    u_mu, u_sigma = (u.astype(np.float32) for u in utilities(fitness, config))
+    d_mu, d_sigma = summed_gradient(eps_sum, eps_square, u_mu, u_sigma, sigma, k, rho)
+    if config.natural:
+        d_mu, d_log_sigma = natural_gradient(d_mu, d_sigma, sigma, k, rho)
+        new_sigma = sigma * np.exp(np.clip(lr_sigma * d_log_sigma, -0.1, 0.1))
+    else:
+        new_sigma = sigma + lr_sigma * d_sigma
+    return mu + lr_mu * d_mu, np.clip(new_sigma, 1e-5, 1.0)
+
+
+def update_distribution(meta, results, config):
+    """One step of mu and sigma of actor and critic: -> MetaState, |change of mu_a| / |mu_a|."""
+    eps_sum, eps_square, eps_critic = (
+        np.stack(part) for part in zip(*(result.noise for result in results)))  # (M, P) each
+    rate = 0.5 ** (meta.iteration / config.half_life) if config.half_life else 1.0
+    mu_actor, sigma_actor = ascend(
+        meta.mu_actor, meta.sigma_actor, eps_sum, eps_square,
+        np.array([result.fitness_actor for result in results]), config.rollouts,
+        config.correlation, rate * config.lr_mu_actor, config.lr_sigma_actor, config)
+    mu_critic, sigma_critic = ascend(
+        meta.mu_critic, meta.sigma_critic, eps_critic, eps_critic**2,
+        np.array([result.fitness_critic for result in results]), 1,
+        0.0, rate * config.lr_mu_critic, config.lr_sigma_critic, config)
+    ratio = np.linalg.norm(mu_actor - meta.mu_actor) / np.linalg.norm(meta.mu_actor)
+    return meta._replace(mu_actor=mu_actor, sigma_actor=sigma_actor, mu_critic=mu_critic,
+                         sigma_critic=sigma_critic), float(ratio)
+
+
+# ---- worker: explore, adapt, score -----------------------------------------------------------------
+
+
+class MetaState(NamedTuple):
+    """What a checkpoint holds: the two Gaussians, the observations' moments, the counters."""
+
+    mu_actor: np.ndarray  # (P,)
+    sigma_actor: np.ndarray  # (P,)
+    mu_critic: np.ndarray  # (P_c,)
+    sigma_critic: np.ndarray  # (P_c,)
+    obs_count: float
+    obs_mean: np.ndarray  # (obs,)
+    obs_m2: np.ndarray  # (obs,), summed squared deviations from the mean
+    iteration: int
+    env_steps: int
+
+
+class Job(NamedTuple):
+    """A worker's part of an iteration; its noise comes from seeds, not along."""
+
+    config: Config
+    meta: MetaState
+    goals: np.ndarray  # (G, ..)
+    worker: int
+
+    def describe(self):
+        """What to tell of a job that cannot be done."""
+        return f"worker {self.worker} of iteration {self.meta.iteration}, seed {self.config.seed}"
+
+
+class Result(NamedTuple):
+    """What a worker sends back, means over its tasks."""
+
+    fitness_actor: float  # return after adaptation
+    fitness_critic: float  # minus the critic's squared error after adaptation
+    return_before: float
+    return_explorers: float
+    env_steps: int
+    noise: tuple  # sum_j eps, sum_j eps^2 (P,), eps of the critic (P_c,)
+    moments: tuple  # count, mean and summed squared deviations of the explorers' observations
+
+
+def task_dims(name):
+    """Dims of a task's networks."""
+    return Dims(tasks.TASKS[name].obs, tasks.TASKS[name].act)
+
+
+def make_normaliser(meta, config):
+    """The function clip((s - mean) / std, -c, c) by meta's moments; before any, the identity."""
+    if not config.obs_clip or not meta.obs_count:
+        return lambda obs: obs
+    mean, scale = meta.obs_mean, 1 / np.sqrt(meta.obs_m2 / meta.obs_count + 1e-8)
+
+    def normalise(obs):
+        obs = (obs - mean) * scale
+        np.maximum(obs, -config.obs_clip, out=obs)
+        return np.minimum(obs, config.obs_clip, out=obs)
+
+    return normalise
+
+
+def moments(rows):
+    """Count, mean and summed squared deviations of rows (n, obs)."""
+    mean = rows.mean(axis=0)
+    return len(rows), mean, np.sum((rows - mean) ** 2, axis=0)
+
+
+def merge_moments(a, b):
+    """Moments of two sets of rows together (Chan, Golub and LeVeque 1979)."""
+    (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
+    n, shift = n_a + n_b, mean_b - mean_a
+    return n, mean_a + shift * (n_b / n), m2_a + m2_b + shift**2 * (n_a * n_b / n)
+
+
+def make_policy(theta, envs, dims):
+    """actor_forward for A actors theta (A, P) of `envs` environments each, laid out once:
+    the function obs (A * envs, obs) -> action (A * envs, act), which reuses its arrays."""
+    w1, b1, w2, b2, w3, b3 = unpack(theta, actor_shapes(dims))
+    h1, h2 = np.empty((2, len(theta), envs, dims.hidden), theta.dtype)
+    action = np.empty((len(theta), envs, dims.act), theta.dtype)
+
+    def policy(obs):
+        x = obs.reshape(len(theta), envs, dims.obs)
+        for w, b, h in (w1, b1, h1), (w2, b2, h2):
+            x = np.matmul(x, w, out=h)
+            x += b[:, None]
+            np.maximum(x, 0, out=x)
+        np.matmul(x, w3, out=action)
+        np.add(action, b3[:, None], out=action)
+        return np.tanh(action, out=action).reshape(len(obs), dims.act)
+
+    return policy
+
+
+@functools.lru_cache(maxsize=8)
+def lockstep(name, num_envs):
+    """This process's own environments, made once; a robot that has fallen costs no more steps."""
+    return tasks.make_vec(name, num_envs, freeze=tasks.TASKS[name].model is not None)
+
+
+class Run(NamedTuple):
+    """N episodes before they are scored: no dynamics depend on the goal, so all tasks share them."""
+
+    obs: np.ndarray  # (H + 1, N, obs), normalised
+    action: np.ndarray  # (H, N, act)
+    raw: np.ndarray  # (H + 1, N, obs), float64
+    velocity: np.ndarray  # (H, N), m/s
+    broken: bool  # the simulation diverged somewhere
+
+    def score(self, name, goal):
+        """Trajectories of the episodes under `goal` (N, ..) or (..): a NaN return where broken."""
+        reward, terminated = tasks.outcomes(name, self.raw[1:], self.action, self.velocity, goal)
+        valid = np.ones_like(terminated)
+        valid[1:] = ~np.logical_or.accumulate(terminated)[:-1]
+        reward = np.full_like(reward, np.nan) if self.broken else reward
+        return Trajectories(self.obs, self.action, reward.astype(self.obs.dtype), terminated, valid)
+
+    def part(self, start, stop):
+        """Episodes start .. stop - 1 alone."""
+        return Run(*(array[:, start:stop] for array in self[:4]), self.broken)
+
+
+def rollout(name, theta, starts, normalise):
+    """Episodes of A actors theta (A, P) from N seeds `starts`, N / A in turn for each -> Run."""
+    dims, horizon, n = task_dims(name), tasks.TASKS[name].horizon, len(starts)
+    env, policy = lockstep(name, n), make_policy(theta, n // len(theta), dims)
+    raw = np.empty((horizon + 1, n, dims.obs))
+    obs = np.empty((horizon + 1, n, dims.obs), theta.dtype)
+    action = np.zeros((horizon, n, dims.act), theta.dtype)
+    velocity = np.zeros((horizon, n))
+    goal = np.zeros((n, *tasks.TASKS[name].goal_shape))  # any: the dynamics see none
+    raw[0], _ = env.reset(seed=[int(seed) for seed in starts], options={"goal": goal})
+    obs[0] = normalise(raw[0])
+    for t in range(horizon):
+        action[t] = policy(obs[t])
+        raw[t + 1], _, terminated, _, info = env.step(action[t])
+        obs[t + 1] = normalise(raw[t + 1])
+        velocity[t] = info.get("x_velocity", 0.0)
+        if env.freeze and terminated.all():
+            raw[t + 2 :], obs[t + 2 :] = raw[t + 1], obs[t + 1]
+            break
+    return Run(obs, action, raw, velocity, bool(info["unstable"].any()))
+
+
+def sample_noise(config, iteration, worker, dims):
+    """A worker's eps (K, P) and eps_critic (P_c,), float32 ~ N(0, 1), rho between the K actors.
+
+    The two workers of an antithetic pair have opposite noise.
+    """
+    stream, sign = (worker // 2, 1 - 2 * (worker % 2)) if config.antithetic else (worker, 1)
+    rng = generator(NOISE, config.seed, iteration, stream)
+    eps = rng.standard_normal((config.rollouts, actor_size(dims)), np.float32)
+    eps_critic = rng.standard_normal(critic_size(dims), np.float32)
+    if config.correlation:
+        eps *= math.sqrt(1 - config.correlation)
+        eps += math.sqrt(config.correlation) * rng.standard_normal(actor_size(dims), np.float32)
+    return sign * eps, sign * eps_critic
+
+
+def evaluate_worker(job):
+    """The body of Algorithm 1's loop over workers, its tasks side by side: Job -> Result."""
+    config, meta, goals, worker = job
+    name, dims, k = config.task, task_dims(config.task), config.rollouts
+    eps, eps_critic = sample_noise(config, meta.iteration, worker, dims)
+    theta = meta.mu_actor + meta.sigma_actor * eps  # (K, P) ~ N(mu_a, sigma_a^2)
+    phi = meta.mu_critic + meta.sigma_critic * eps_critic  # (P_c,) ~ N(mu_c, sigma_c^2)
+    theta_bar = theta.mean(axis=0)  # (P,)
+    normalise = make_normaliser(meta, config)
+    stream = worker // 2 if config.antithetic else worker  # a pair has common random numbers
+    starts = generator(STARTS, config.seed, meta.iteration, stream).integers(
+        2**31, size=k + 1 + config.test_rollouts)
+    run = rollout(name, np.vstack([theta, theta_bar]), starts[: k + 1], normalise)
+    scored = [run.score(name, goal) for goal in goals]
+    adapted = [
+        adapt(theta_bar, phi, data.part(0, k), meta.sigma_actor, config, dims,
+              generator(DATA, config.seed, meta.iteration, stream)) for data in scored]
+    tests = rollout(name, np.stack([theta for theta, _ in adapted]),
+                    np.tile(starts[k + 1 :], len(goals)), normalise)
+    tested = [tests.part(i * config.test_rollouts, (i + 1) * config.test_rollouts).score(name, goal)
+              for i, goal in enumerate(goals)]
+    seen = [data.valid for data in scored]
+    return Result(
+        fitness_actor=np.mean([test.returns().mean() for test in tested]),
+        fitness_critic=-np.mean([critic_error(*pair, test, config, dims)
+                                 for pair, test in zip(adapted, tested)]),
+        return_before=np.mean([data.returns()[k] for data in scored]),
+        return_explorers=np.mean([data.returns()[:k].mean() for data in scored]),
+        env_steps=int(np.any(seen, axis=0).sum() + sum(test.valid.sum() for test in tested)),
+        noise=(eps.sum(axis=0), np.einsum("kp,kp->p", eps, eps), eps_critic),
+        moments=moments(run.raw[:-1, :k][np.any(seen, axis=0)[:, :k]]))
+
+
+# ---- training loop, checkpoints, meta-test ---------------------------------------------------------
+
+
+def initial_state(config):
+    """Xavier means, constant sigmas, no observation seen: Config -> MetaState, float32."""
+    dims = task_dims(config.task)
+    rng = generator(INIT, config.seed, 0, 0)
+    mu_actor = actor_init(dims, rng).astype(np.float32)
+    mu_critic = critic_init(dims, rng).astype(np.float32)
+    return MetaState(mu_actor, np.full_like(mu_actor, config.sigma_actor),
+                     mu_critic, np.full_like(mu_critic, config.sigma_critic),
+                     0.0, np.zeros(dims.obs), np.zeros(dims.obs), 0, 0)
+
+
+def sample_goals(config, iteration, stream):
+    """T_t: G goals (G, ..), one from each G-th of a range of velocities, directions in turn."""
+    rng, n = generator(GOALS, config.seed, iteration, stream), config.goals
+    task = tasks.TASKS[config.task]
+    if task.direction:
+        return np.where((np.arange(n) + rng.integers(2)) % 2, task.goal_high, task.goal_low)
+    if task.goal_shape:
+        return tasks.sample_goals(config.task, rng, n)
+    return task.goal_low + (task.goal_high - task.goal_low) * (np.arange(n) + rng.uniform(size=n)) / n
+
+
+def make_jobs(config, meta):
+    """The M jobs of an iteration; each antithetic pair has its own tasks, else all share them."""
+    return [Job(config, meta, sample_goals(
+        config, meta.iteration, i // 2 if config.antithetic else 0), i)
+        for i in range(config.workers)]
+
+
+class Crew:
+    """The processes that work: a Pool, here or on a Ray cluster, that outlives its workers' deaths.
+
+    A bare Pool.map waits for ever for the job of a killed worker.
+    """
+
+    def __init__(self, processes, kind="local", address=None):
+        self.processes, self.kind, self.address = processes, kind, address
+        self.pool, self.members, self.lost_errors = None, [], ()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def alive(self):
+        """No process of the pool has died; Ray's are found out by their jobs."""
+        return all(member.is_alive() for member in self.members)
+
+    def open(self):
+        """A pool with all its processes alive: the last one, or a new one."""
+        if self.pool is not None and not self.alive():
+            self.close()
+        if self.pool is None and self.kind == "ray":
+            self.pool, self.lost_errors = ray_pool(self.processes, self.address)
+        elif self.pool is None:  # spawn: a fork would copy locks and threads of this process
+            self.pool = multiprocessing.get_context("spawn").Pool(
+                self.processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+            self.members = multiprocessing.active_children()
+        return self.pool
+
+    def close(self):
+        """End the pool and all its processes, whatever state they are in."""
+        if self.pool is None:
+            return
+        # terminate waits for ever for a lock that a killed worker held, hence a thread and kill
+        ending = threading.Thread(target=self.pool.terminate, daemon=True)
+        ending.start()
+        ending.join(0.5)
+        for child in multiprocessing.active_children() if self.kind == "local" else ():
+            child.kill()
+            child.join(5)
+        self.pool, self.members = None, []
+
+    def map(self, function, jobs, progress=lambda count: None):
+        """[function(job) for job in jobs]; jobs lost with their worker run again, one at a time.
+
+        Raises RuntimeError where a job loses its worker three times.
+        """
+        results, losses, suspects = {}, Counter(), []
+        while len(results) < len(jobs):
+            pool = self.open()
+            todo = suspects[:1] or [i for i in range(len(jobs)) if i not in results]
+            pending = {i: pool.apply_async(function, (jobs[i],)) for i in todo}
+            lost = False
+            while pending and not lost:
+                next(iter(pending.values())).wait(0.05)
+                lost = not self.alive()
+                for i in [i for i, handle in pending.items() if handle.ready()]:
+                    try:
+                        results[i] = pending[i].get()
+                        del pending[i]
+                    except self.lost_errors:
+                        lost = True
+                progress(len(results))
+            suspects = [i for i in suspects if i not in results]
+            if lost:
+                self.close()
+                suspects = suspects or list(pending)[: self.processes]  # what may have been running
+                losses.update(pending if len(todo) == 1 else suspects)
+                for i in (i for i in losses if losses[i] == 3):
+                    raise RuntimeError(f"a worker died three times on {jobs[i].describe()}")
+        return [results[i] for i in range(len(jobs))]
+
+
+def ray_pool(processes, address=None):
+    """Ray's Pool, which has the same API, and the errors of its lost workers: -> Pool, (error,).
+
+    Raises ValueError where ray is not installed.
+    """
+    try:
+        import ray
+        from ray.util.multiprocessing import Pool
+    except ImportError:
+        raise ValueError("--pool ray needs ray: pip install ray") from None
+    if not ray.is_initialized():
+        folder = {"working_dir": str(Path(__file__).parent),
+                  "excludes": ["runs", ".venv", ".git", "results"]}
+        ray.init(address=address or os.environ.get("RAY_ADDRESS"), runtime_env=folder,
+                 log_to_driver=False, num_cpus=None if address else processes)
+    return Pool(processes), (ray.exceptions.RayActorError,)
+
+
+LOG_COLUMNS = ("iteration", "return_before", "return_explorers", "return_after", "critic_error",
+               "sigma_actor", "update_ratio", "env_steps", "seconds")
+
+
+def iterate(config, meta, crew, progress=lambda count: None):
+    """One turn of Algorithm 1's outer loop: -> MetaState, row of log.csv, number of failed workers.
+
+    Raises RuntimeError where no worker has a finite fitness.
+    """
+    results = crew.map(evaluate_worker, make_jobs(config, meta), progress)
+    fine = [r for r in results if math.isfinite(r.fitness_actor + r.fitness_critic)]
+    if not fine:
+        raise RuntimeError(f"iteration {meta.iteration}: no worker has a finite fitness")
+    new, ratio = update_distribution(meta, results, config)
+    seen = functools.reduce(merge_moments, (r.moments for r in fine),
+                            (meta.obs_count, meta.obs_mean, meta.obs_m2))
+    steps = meta.env_steps + sum(r.env_steps for r in results)
+    before, explorers, after, critic = np.mean(
+        [(r.return_before, r.return_explorers, r.fitness_actor, r.fitness_critic) for r in fine], 0)
+    row = dict(zip(LOG_COLUMNS, (meta.iteration, before, explorers, after, -critic,
+                                 float(new.sigma_actor.mean()), ratio, steps)))
+    new = new._replace(obs_count=float(seen[0]), obs_mean=seen[1], obs_m2=seen[2],
+                       iteration=meta.iteration + 1, env_steps=steps)
+    return new, row, len(results) - len(fine)
+
+
+def train(config, iterations=None, processes=None, out=None, resume=False, pool="local",
+          ray_address=None):
+    """Algorithm 1 up to `iterations` in all, each a row of log.csv and a checkpoint: -> MetaState.
+
+    `out` is the run directory, by default runs/<task>-seed<N>. None of the arguments after config
+    changes a bit of the result. Raises ValueError for what cannot be, RuntimeError for a run that
+    cannot go on; the checkpoint of the last whole iteration stays.
+    """
+    config = check_config(config)
+    iterations = ITERATIONS[config.task] if iterations is None else iterations
+    processes = os.cpu_count() if processes is None else processes
+    if iterations < 0 or processes < 1 or pool not in ("local", "ray"):
+        raise ValueError("iterations must be >= 0, processes >= 1, pool local or ray, not "
+                         f"{iterations}, {processes}, {pool!r}")
+    out = Path(out or f"runs/{config.task}-seed{config.seed}")
+    with run_directory(out, resume), Crew(processes, pool, ray_address) as crew:
+        meta = open_run(out, config, resume)
+        first, start = meta.iteration, time.monotonic()
+        while meta.iteration < iterations:
+            begin = time.monotonic()
+            meta, row, failed = iterate(config, meta, crew, progress_bar(config.workers))
+            row["seconds"] = time.monotonic() - begin
+            with open(out / "log.csv", "a") as log:  # a resume drops rows after the checkpoint's
+                log.write(csv_line(row.values()))
+            save_checkpoint(out / "checkpoint.npz", config, meta)
+            pace = (time.monotonic() - start) / (meta.iteration - first)
+            print(status_line(row, iterations, failed, pace * (iterations - meta.iteration)),
+                  flush=True)
+    return meta
+
+
+@contextlib.contextmanager
+def run_directory(out, resume):
+    """Hold the run directory for this process alone; ValueError where it cannot be used."""
+    import fcntl  # here: --eval works where there is none
+
+    if resume and not out.is_dir():
+        raise ValueError(f"no run to resume in {out}")
+    if not resume and (out / "checkpoint.npz").exists():
+        raise ValueError(f"{out} holds a run: --resume continues it, --out names another place")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a directory")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:  # the kernel lets go of it however the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {out}") from None
+        yield
+
+
+def open_run(out, config, resume):
+    """The state to go on from: the checkpoint's, with log.csv cut to its iteration, or the first."""
+    if resume and (out / "checkpoint.npz").exists():
+        stored, meta = load_checkpoint(out)
+        for name, value in dataclasses.asdict(config).items():
+            if getattr(stored, name) != value:
+                raise ValueError(f"the run in {out} has {name} {getattr(stored, name)!r}, not {value!r}")
+        rows = (out / "log.csv").read_text().splitlines(keepends=True)[1 : meta.iteration + 1]
+    else:
+        meta, rows = initial_state(config), []
+    replace_file(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
+    replace_file(out / "log.csv", "".join([csv_line(LOG_COLUMNS), *rows]).encode())
+    save_checkpoint(out / "checkpoint.npz", config, meta)
+    return meta
+
+
+def csv_line(values):
+    """One line of a CSV file; floats with 6 significant digits."""
+    return ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n"
+
+
+def replace_file(path, content):
+    """Write bytes to path in one step: whatever happens, it holds the old ones or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path, config, meta):
+    """Replace the checkpoint at path: the arrays of meta and one JSON string, no clock."""
+    packages = {p.__name__: p.__version__ for p in (np, tasks.mujoco, tasks.gymnasium)}
+    stored = {"version": 1, "config": dataclasses.asdict(config), "packages": packages}
+    content = io.BytesIO()
+    np.savez(content, config=json.dumps(stored, sort_keys=True), **meta._asdict())
+    replace_file(path, content.getvalue())
+
+
+def load_checkpoint(path):
+    """Config and MetaState of a checkpoint, or of the run directory that holds one.
+
+    Raises ValueError, in one line, for anything but a whole checkpoint of this version.
+    """
+    path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            stored = json.loads(str(archive["config"]))
+            meta = MetaState(**{name: archive[name] for name in MetaState._fields})
+        if stored["version"] != 1:
+            raise ValueError(f"version {stored['version']}, not 1")
+        config = check_config(Config(**stored["config"]))
+        for name, like in initial_state(config)._asdict().items():
+            value, like = getattr(meta, name), np.asarray(like)
+            if (value.shape, value.dtype) != (like.shape, like.dtype):
+                raise ValueError(f"{name} is {value.dtype} {value.shape}, not {like.dtype} {like.shape}")
+            low = -np.inf if name in ("mu_actor", "mu_critic", "obs_mean") else 0
+            if not (np.isfinite(value) & (value >= low)).all():
+                raise ValueError(f"{name} holds a number that no run writes")
+    except Exception as error:  # zipfile, zlib, numpy and json have many for broken bytes
+        raise ValueError(f"{path} is no checkpoint of esmeta: {error!s:.200}") from None
+    return config, meta._replace(obs_count=float(meta.obs_count), iteration=int(meta.iteration),
+                                 env_steps=int(meta.env_steps))
+
+
+class EvalJob(NamedTuple):
+    """One goal of the meta-test."""
+
+    config: Config
+    meta: MetaState
+    goal: np.ndarray
+    index: int
+    updates: int
+    seed: int
+
+    def describe(self):
+        """What to tell of a job that cannot be done."""
+        return f"goal {self.index} of the meta-test, seed {self.seed}"
+
+
+def evaluate_goal(job):
+    """Returns before and after each of U updates on one goal: EvalJob -> (U + 1,).
+
+    An update runs K fresh explorers around the current actor and adapts their mean; a return
+    averages EVAL_ROLLOUTS episodes, from the same starts for all goals and updates.
+    """
+    config, meta, goal, index, updates, seed = job
+    name, dims, normalise = config.task, task_dims(config.task), make_normaliser(meta, config)
+    tests = generator(EVAL, seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)
+    # explorers spread as in training around their own mean, which stays the current actor
+    spread = meta.sigma_actor * math.sqrt(1 - config.correlation)
+    actor, phi, returns = meta.mu_actor, meta.mu_critic, []
+    for update in range(updates + 1):
+        returns.append(rollout(name, actor[None], tests, normalise).score(name, goal).returns().mean())
+        if update < updates:
+            rng = generator(EVAL, seed, index + 1, update + 1)
+            theta = actor + spread * rng.standard_normal((config.rollouts, len(actor)), np.float32)
+            starts = rng.integers(2**31, size=config.rollouts)
+            data = rollout(name, theta, starts, normalise).score(name, goal)
+            actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, config, dims, rng)
+    return np.array(returns)
+
+
+def meta_test(checkpoint, goals=None, updates=1, seed=0, processes=1):
+    """MAML's protocol: returns (updates + 1, n) on goals (n, ..), by default the 40 test goals.
+
+    checkpoint is a file or a run directory. Raises ValueError where it is none.
+    """
+    config, meta = load_checkpoint(checkpoint)
+    goals = tasks.test_goals(config.task) if goals is None else np.asarray(goals, float)
+    jobs = [EvalJob(config, meta, goal, i, updates, seed) for i, goal in enumerate(goals)]
+    with Crew(processes) as crew:
+        return np.array(crew.map(evaluate_goal, jobs, progress_bar(len(jobs)))).T
+
+
+# ---- command line -----------------------------------------------------------------------------------
+
+
+def progress_bar(total):
+    """The function of a count that draws a bar of finished workers, on a terminal only."""
+    def show(count):
+        if sys.stdout.isatty():
+            filled = 40 * count // total
+            line = f"[{'#' * filled}{'.' * (40 - filled)}] {count}/{total}"
+            print("\r" + (line if count < total else " " * len(line) + "\r"), end="", flush=True)
+
+    return show
+
+
+def status_line(row, iterations, failed, left):
+    """An iteration in one line of at most 100 columns."""
+    return (f"{row['iteration'] + 1}/{iterations} before {row['return_before']:.1f} "
+            f"explorers {row['return_explorers']:.1f} after {row['return_after']:.1f} "
+            f"critic {row['critic_error']:.3g} sigma {row['sigma_actor']:.4f} "
+            f"ratio {row['update_ratio']:.3f} {row['env_steps'] / 1e6:.1f}M {row['seconds']:.1f}s "
+            f"left {int(left // 3600)}:{int(left // 60 % 60):02d}" + f" failed {failed}" * bool(failed))
+
+
+def interval(values):
+    """Mean of values (n,) and half its 95 % interval, 1.96 std / sqrt(n)."""
+    return np.mean(values), 1.96 * np.std(values) / math.sqrt(len(values))
+
+
+def report_eval(path, updates, processes):
+    """Meta-test a checkpoint, print the table, write eval.csv beside it."""
+    config, _ = load_checkpoint(path)
+    goals, returns = tasks.test_goals(config.task), meta_test(path, None, updates, 0, processes)
+    head = "".join(f"{'after ' + str(u) if u else 'before':>18}" for u in range(updates + 1))
+    print(f"{config.task:<18}{head}")
+    for goal, values in sorted(zip(goals.tolist(), returns.T.tolist())):
+        print(f"goal {np.array2string(np.array(goal), precision=2):<13}" + "".join(f"{v:18.1f}" for v in values))
+    groups = [("mean", np.ones(len(goals), bool))]
+    if tasks.TASKS[config.task].direction:
+        groups += [("forward", goals > 0), ("backward", goals < 0)]
+    for label, chosen in groups:
+        cells = "".join(f"{m:10.1f} +- {ci:4.1f}" for m, ci in map(interval, returns[:, chosen]))
+        print(f"{label:<18}{cells}")
+    maml = Path(__file__).parent / "results" / "maml.csv"
+    if maml.exists():
+        table = [line.split(",") for line in maml.read_text().splitlines()]
+        row = {line[2]: line for line in table if line[:2] == [config.task, "maml"]}
+        if row:
+            print(f"{'MAML':<18}" + "".join(
+                f"{float(row[str(u)][3]):10.1f} +- {float(row[str(u)][4]):4.1f}"
+                for u in range(updates + 1) if str(u) in row))
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    lines = [csv_line(("task", "goal", "updates", "return"))] + [
+        csv_line((config.task, " ".join(f"{x:.6g}" for x in np.ravel(goal)), u, float(value)))
+        for u, values in enumerate(returns) for goal, value in zip(goals, values)]
+    replace_file(folder / "eval.csv", "".join(lines).encode())
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line, raised as ValueError."""
+
+    def error(self, message):
+        """Raise ValueError instead of printing the usage."""
+        raise ValueError(message)
+
+
+def make_parser():
+    """The command line: a flag for every field of Config, generated from it, and a few more."""
+    parser = OneLineParser("esmeta.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--iterations", type=int, help="in all, also on --resume (default: the task's)")
+    parser.add_argument("--processes", type=int, help="worker processes (default: the cores)")
+    parser.add_argument("--out", help="run directory (default runs/<task>-seed<N>)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--paper", action="store_true", help="the paper's literal form of every choice")
+    parser.add_argument("--eval", metavar="PATH", help="meta-test a checkpoint or run directory")
+    parser.add_argument("--updates", type=int, default=1, help="adaptations in --eval (default 1)")
+    parser.add_argument("--pool", choices=("local", "ray"), default="local", help="where workers run")
+    parser.add_argument("--ray-address", help="of a Ray cluster (default RAY_ADDRESS, or a local one)")
+    for field in dataclasses.fields(Config):
+        kind = type(field.default)
+        own = [f"{t} {s[field.name]}" for t, s in TASK_SETTINGS.items() if field.name in s]
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), default=None,
+            type={"true": True, "false": False}.__getitem__ if kind is bool else kind,
+            help=f"{field.metadata['help']} (default {'; '.join([str(field.default), *own])}) "
+                 f"({field.metadata['source']})")
+    return parser
+
+
+def stop(signum, _):
+    """Signal handler: leave by an exception, so that every `with` cleans up."""
+    raise SystemExit(128 + signum)
+
+
+def run(argv):
+    """Do what the command line says; ValueError for what it should not say."""
+    args = make_parser().parse_args(argv)
+    explicit = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)
+                if getattr(args, field.name) is not None}
+    processes = os.cpu_count() if args.processes is None else args.processes
+    if processes < 1 or args.updates < 0:
+        raise ValueError("--processes must be at least 1 and --updates at least 0")
+    if args.eval is not None:
+        return report_eval(args.eval, args.updates, processes)
+    task = explicit.pop("task", Config.task)
+    config = check_config(make_config(task, args.paper, **explicit))
+    train(config, args.iterations, processes, args.out, args.resume, args.pool, args.ray_address)
+
+
+def main(argv=None):
+    """The program: -> exit status 0; 2 bad input; 1 disk or run failed; 130, 143 interrupted."""
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run(argv)
+    except SystemExit as end:
+        if end.code in (130, 143):
+            print("\nesmeta: stopped; --resume with the same flags goes on", file=sys.stderr)
+        return end.code or 0
+    except (ValueError, OSError, RuntimeError) as error:
+        print("esmeta: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    return 0
+
+
+if __name__ == "__main__":
+    import esmeta  # jobs name functions of esmeta, not of __main__, to whoever unpickles them
+
+    sys.exit(esmeta.main())
