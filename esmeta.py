@@ -73,10 +73,10 @@ class Config:
     correlation: float = setting(0.5, "ours", "rho of eps between the K actors of a worker")
     obs_clip: float = setting(5.0, "ours", "bound of normalised observations; 0: raw ones")
     gamma: float = setting(0.97, "ours", "discount of the critic's targets")
-    n_step: int = setting(30, "ours", "rewards in a critic target; 1: textbook DDPG")
+    n_step: int = setting(20, "ours", "rewards in a critic target; 1: textbook DDPG")
     centre: bool = setting(True, "ours", "subtract the trajectories' mean reward from rewards")
     cycles: int = setting(1, "ours", "gradient updates: (fit critic, step actor) on one data set")
-    critic_updates: int = setting(100, "ours", "minibatches of the critic in a cycle")
+    critic_updates: int = setting(40, "ours", "minibatches of the critic in a cycle")
     critic_batch: int = setting(128, "ours", "rows in a minibatch")
     critic_lr: float = setting(3e-3, "ours", "Adam rate of the critic")
     actor_rule: str = setting("sigma", "ours", "step along sigma^2 grad; or sgd on a minibatch")
@@ -91,7 +91,7 @@ class Config:
     lr_sigma_actor: float = setting(1.0, "ours", "SGD rate of sigma_a")
     lr_mu_critic: float = setting(1.0, "ours", "SGD rate of mu_c")
     lr_sigma_critic: float = setting(1.0, "ours", "SGD rate of sigma_c")
-    half_life: float = setting(0.0, "ours", "iterations in which lr_mu halves; 0: constant")
+    half_life: float = setting(150.0, "ours", "iterations in which lr_mu halves; 0: constant")
 
 
 TASK_SETTINGS = {
