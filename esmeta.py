@@ -76,14 +76,15 @@ class Config:
     n_step: int = setting(20, "ours", "rewards in a critic target; 1: textbook DDPG")
     centre: bool = setting(True, "ours", "subtract the trajectories' mean reward from rewards")
     cycles: int = setting(1, "ours", "gradient updates: (fit critic, step actor) on one data set")
-    critic_updates: int = setting(40, "ours", "minibatches of the critic in a cycle")
+    critic_updates: int = setting(25, "ours", "minibatches of the critic in a cycle")
     critic_batch: int = setting(128, "ours", "rows in a minibatch")
     critic_lr: float = setting(3e-3, "ours", "Adam rate of the critic")
+    actor_batch: int = setting(512, "ours", "states whose policy gradient an actor step averages")
     actor_rule: str = setting("sigma", "ours", "step along sigma^2 grad; or sgd on a minibatch")
     actor_step: float = setting(3.3, "ours", "length of the actor step in sigmas; rate of sgd")
     target_tau: float = setting(1.0, "ours", "share by which the targets follow after a cycle")
     goals: int = setting(4, "ours", "|T_t|, tasks that a worker adapts to in an iteration")
-    test_rollouts: int = setting(4, "ours", "fresh rollouts that a fitness averages, per task")
+    test_rollouts: int = setting(2, "ours", "fresh rollouts that a fitness averages, per task")
     antithetic: bool = setting(True, "ours", "workers in pairs of eps and -eps on common seeds")
     utility: str = setting("rank", "ours", "rank: utilities in [-0.5, 0.5]; raw: the fitness")
     natural: bool = setting(True, "ours", "natural gradient of Eq. 10: steps in sigmas")
@@ -96,10 +97,11 @@ class Config:
 
 TASK_SETTINGS = {
     "cheetah_dir": dict(goals=2),
-    "ant_dir": dict(rollouts=40, goals=2),
+    "ant_vel": dict(test_rollouts=4),
+    "ant_dir": dict(rollouts=40, goals=2, test_rollouts=4),
 }
 PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, cycles=50,
-             critic_updates=1, critic_lr=1e-3, actor_rule="sgd", actor_step=1e-4,
+             critic_updates=1, critic_lr=1e-3, actor_batch=128, actor_rule="sgd", actor_step=1e-4,
              target_tau=1e-3, goals=1, test_rollouts=1, antithetic=False, utility="raw",
              natural=False, lr_mu_actor=1e-5, lr_sigma_actor=1e-5, lr_mu_critic=1e-5,
              lr_sigma_critic=1e-5, half_life=0.0)
@@ -135,7 +137,7 @@ LIMITS = dict(
     seed=(0, 2**63 - 1), workers=(2, 100_000), rollouts=(1, 10_000), sigma_actor=(1e-6, 10),
     sigma_critic=(1e-6, 10), correlation=(0, 0.99), obs_clip=(0, 1e6), gamma=(0, 0.99999),
     n_step=(1, 10_000), cycles=(1, 10_000), critic_updates=(1, 1_000_000), critic_lr=(0, 10),
-    critic_batch=(1, 1_000_000), actor_step=(0, 1e6), target_tau=(0, 1), goals=(1, 1000),
+    critic_batch=(1, 1_000_000), actor_batch=(1, 1_000_000), actor_step=(0, 1e6), target_tau=(0, 1), goals=(1, 1000),
     test_rollouts=(1, 10_000), lr_mu_actor=(0, 1e6), lr_sigma_actor=(0, 1e6),
     lr_mu_critic=(0, 1e6), lr_sigma_critic=(0, 1e6), half_life=(0, 1e12))
 
@@ -396,8 +398,8 @@ def adapt(theta_bar, phi, data, sigma, config, dims, rng):
         target = critic_targets(target_theta, target_phi, data, config, dims)[data.valid]
         rows = rng.integers(len(obs), size=(config.critic_updates, config.critic_batch))
         phi = fit_critic(phi, obs, action, target, rows, config.critic_lr, dims)
-        batch = obs if config.actor_rule == "sigma" else obs[rows[-1]]
-        theta = step_actor(theta, policy_gradient(theta, phi, batch, dims), sigma, config)
+        states = obs[rng.integers(len(obs), size=config.actor_batch)]
+        theta = step_actor(theta, policy_gradient(theta, phi, states, dims), sigma, config)
         target_theta = (1 - tau) * target_theta + tau * theta
         target_phi = (1 - tau) * target_phi + tau * phi
     return theta, phi

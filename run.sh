@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# ./run.sh --task cheetah_vel   makes .venv, installs requirements.txt, trains
+# ./run.sh test                 the same, then runs the tests
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+python=$here/.venv/bin/python
+if [ ! -x "$python" ]; then
+  for base in python3 python3.14 python3.13 python3.12 python3.11 none; do
+    [ "$base" = none ] && { echo "run.sh: needs Python 3.11 or newer on the PATH" >&2; exit 1; }
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+  done
+  "$base" -m venv "$here/.venv" >/dev/null 2>&1 || {
+    rm -rf "$here/.venv"
+    echo "run.sh: $base cannot make a virtual environment; on Debian: apt install python3-venv" >&2
+    exit 1
+  }
+fi
+if ! cmp -s "$here/requirements.txt" "$here/.venv/installed.txt"; then
+  "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+  cp "$here/requirements.txt" "$here/.venv/installed.txt"
+fi
+if [ "${1:-}" = test ]; then
+  shift
+  cd "$here"
+  exec "$python" -m pytest -q "$@"
+fi
+exec "$python" "$here/esmeta.py" "$@"
