@@ -55,9 +55,10 @@ import tasks
 # ---- configuration: every default with its provenance -------------------------------------------
 
 
-def setting(default, source, text):
-    """A configuration field: its default, where that comes from, a line of help."""
-    return dataclasses.field(default=default, metadata={"source": source, "help": text})
+def setting(default, source, text, low=None, high=None):
+    """A configuration field: default, where that comes from, a line of help, a range."""
+    return dataclasses.field(default=default, metadata={
+        "source": source, "help": text, "low": low, "high": high})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,34 +66,34 @@ class Config:
     """Everything that decides a bit of a run; TASK_SETTINGS and PAPER are other defaults."""
 
     task: str = setting("cheetah_vel", "paper", "one of " + ", ".join(tasks.TASKS))
-    seed: int = setting(0, "ours", "of every random number")
-    workers: int = setting(64, "paper", "M, workers an iteration")
-    rollouts: int = setting(20, "paper", "K, exploring actors and trajectories of a worker")
-    sigma_actor: float = setting(0.03, "ours", "initial sigma of the actor")
-    sigma_critic: float = setting(0.03, "ours", "initial sigma of the critic")
-    correlation: float = setting(0.5, "ours", "rho of eps between the K actors of a worker")
-    obs_clip: float = setting(5.0, "ours", "bound of normalised observations; 0: raw ones")
-    gamma: float = setting(0.97, "ours", "discount of the critic's targets")
-    n_step: int = setting(20, "ours", "rewards in a critic target; 1: textbook DDPG")
+    seed: int = setting(0, "ours", "of every random number", 0, 2**63 - 1)
+    workers: int = setting(64, "paper", "M, workers an iteration", 2, 10**5)
+    rollouts: int = setting(20, "paper", "K, exploring actors and trajectories of a worker", 1, 10**4)
+    sigma_actor: float = setting(0.03, "ours", "initial sigma of the actor", 1e-5, 1)
+    sigma_critic: float = setting(0.03, "ours", "initial sigma of the critic", 1e-5, 1)
+    correlation: float = setting(0.5, "ours", "rho of eps between the K actors of a worker", 0, 0.99)
+    obs_clip: float = setting(5.0, "ours", "bound of normalised observations; 0: raw ones", 0, 1e6)
+    gamma: float = setting(0.97, "ours", "discount of the critic's targets", 0, 0.9999)
+    n_step: int = setting(20, "ours", "rewards in a critic target; 1: textbook DDPG", 1, 10**4)
     centre: bool = setting(True, "ours", "subtract the trajectories' mean reward from rewards")
-    cycles: int = setting(1, "ours", "gradient updates: (fit critic, step actor) on one data set")
-    critic_updates: int = setting(25, "ours", "minibatches of the critic in a cycle")
-    critic_batch: int = setting(128, "ours", "rows in a minibatch")
-    critic_lr: float = setting(3e-3, "ours", "Adam rate of the critic")
-    actor_batch: int = setting(512, "ours", "states whose policy gradient an actor step averages")
-    actor_rule: str = setting("sigma", "ours", "step along sigma^2 grad; or sgd on a minibatch")
-    actor_step: float = setting(3.3, "ours", "length of the actor step in sigmas; rate of sgd")
-    target_tau: float = setting(1.0, "ours", "share by which the targets follow after a cycle")
-    goals: int = setting(4, "ours", "|T_t|, tasks that a worker adapts to in an iteration")
-    test_rollouts: int = setting(2, "ours", "fresh rollouts that a fitness averages, per task")
+    cycles: int = setting(1, "ours", "gradient updates on one data set: fit critic, step actor", 1, 10**4)
+    critic_updates: int = setting(25, "ours", "minibatches of the critic in a cycle", 1, 10**6)
+    critic_batch: int = setting(128, "ours", "rows in a minibatch", 1, 10**6)
+    critic_lr: float = setting(3e-3, "ours", "Adam rate of the critic", 0, 10)
+    actor_batch: int = setting(512, "ours", "states that an actor step averages over", 1, 10**6)
+    actor_rule: str = setting("sigma", "ours", "sigma: a step along sigma^2 grad; sgd: along grad")
+    actor_step: float = setting(3.3, "ours", "length of the step in sigmas; the rate of sgd", 0, 1e6)
+    target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
+    goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
+    test_rollouts: int = setting(2, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
     antithetic: bool = setting(True, "ours", "workers in pairs of eps and -eps on common seeds")
     utility: str = setting("rank", "ours", "rank: utilities in [-0.5, 0.5]; raw: the fitness")
     natural: bool = setting(True, "ours", "natural gradient of Eq. 10: steps in sigmas")
-    lr_mu_actor: float = setting(12.0, "ours", "SGD rate of mu_a")
-    lr_sigma_actor: float = setting(1.0, "ours", "SGD rate of sigma_a")
-    lr_mu_critic: float = setting(1.0, "ours", "SGD rate of mu_c")
-    lr_sigma_critic: float = setting(1.0, "ours", "SGD rate of sigma_c")
-    half_life: float = setting(150.0, "ours", "iterations in which lr_mu halves; 0: constant")
+    lr_mu_actor: float = setting(12.0, "ours", "SGD rate of mu_a", 0, 1e6)
+    lr_sigma_actor: float = setting(1.0, "ours", "SGD rate of sigma_a; 0: fixed sigma", 0, 1e6)
+    lr_mu_critic: float = setting(1.0, "ours", "SGD rate of mu_c", 0, 1e6)
+    lr_sigma_critic: float = setting(1.0, "ours", "SGD rate of sigma_c; 0: fixed sigma", 0, 1e6)
+    half_life: float = setting(150.0, "ours", "iterations that halve lr_mu; 0: constant", 0, 1e9)
 
 
 TASK_SETTINGS = {
@@ -105,7 +106,7 @@ PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, 
              target_tau=1e-3, goals=1, test_rollouts=1, antithetic=False, utility="raw",
              natural=False, lr_mu_actor=1e-5, lr_sigma_actor=1e-5, lr_mu_critic=1e-5,
              lr_sigma_critic=1e-5, half_life=0.0)
-ITERATIONS = dict(cheetah_vel=400, cheetah_dir=300, ant_vel=400, ant_dir=400, point_goal=60)
+ITERATIONS = dict(cheetah_vel=300, cheetah_dir=250, ant_vel=300, ant_dir=300, point_goal=60)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
 
 
@@ -118,12 +119,12 @@ def make_config(task, paper=False, **explicit):
 def check_config(config):
     """The config, if every field is of its type and makes sense; else ValueError in one line."""
     for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), type(field.default)
+        value, kind, limits = getattr(config, field.name), type(field.default), field.metadata
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{field.name} must be a {kind.__name__}, not {value!r}")
-        low, high = LIMITS.get(field.name, (-math.inf, math.inf))
-        if kind in (int, float) and not low <= value <= high:
-            raise ValueError(f"{field.name} must be from {low:g} to {high:g}, not {value!r}")
+        if limits["low"] is not None and not limits["low"] <= value <= limits["high"]:
+            raise ValueError(f"{field.name} must be from {limits['low']:g} to {limits['high']:g}, "
+                             f"not {value!r}")
     tasks.find_task(config.task)
     for name, choices in (("actor_rule", ("sigma", "sgd")), ("utility", ("rank", "raw"))):
         if getattr(config, name) not in choices:
@@ -132,14 +133,6 @@ def check_config(config):
         raise ValueError(f"workers must be even, as antithetic pairs are, not {config.workers}")
     return config
 
-
-LIMITS = dict(
-    seed=(0, 2**63 - 1), workers=(2, 100_000), rollouts=(1, 10_000), sigma_actor=(1e-6, 10),
-    sigma_critic=(1e-6, 10), correlation=(0, 0.99), obs_clip=(0, 1e6), gamma=(0, 0.99999),
-    n_step=(1, 10_000), cycles=(1, 10_000), critic_updates=(1, 1_000_000), critic_lr=(0, 10),
-    critic_batch=(1, 1_000_000), actor_batch=(1, 1_000_000), actor_step=(0, 1e6), target_tau=(0, 1), goals=(1, 1000),
-    test_rollouts=(1, 10_000), lr_mu_actor=(0, 1e6), lr_sigma_actor=(0, 1e6),
-    lr_mu_critic=(0, 1e6), lr_sigma_critic=(0, 1e6), half_life=(0, 1e12))
 
 INIT, NOISE, GOALS, DATA, STARTS, EVAL = range(6)
 
@@ -328,27 +321,12 @@ def critic_error(theta, phi, data, config, dims):
     return float(np.mean((q - target) ** 2))
 
 
-class Adam(NamedTuple):
-    """Moments of Adam (Kingma and Ba 2014) over one flat vector; `descend` works in place."""
-
-    m: np.ndarray
-    v: np.ndarray
-    scratch: np.ndarray
-
-    def descend(self, weights, gradient, lr, t, beta1=0.9, beta2=0.999, eps=1e-8):
-        """weights -= lr m_hat / (sqrt(v_hat) + eps): the t-th step, t from 1; all (P,)."""
-        m, v, scratch = self
-        m *= beta1
-        m += np.multiply(gradient, 1 - beta1, out=scratch)
-        v *= beta2
-        np.multiply(gradient, gradient, out=scratch)
-        scratch *= 1 - beta2
-        v += scratch
-        np.sqrt(v, out=scratch)
-        scratch += eps * math.sqrt(1 - beta2**t)
-        np.divide(m, scratch, out=scratch)
-        scratch *= lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
-        weights -= scratch
+def adam_step(weights, gradient, m, v, t, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """weights -= lr m_hat / (sqrt(v_hat) + eps), the t-th step from t = 1: all (P,), in place."""
+    m += (1 - beta1) * (gradient - m)
+    v += (1 - beta2) * (gradient * gradient - v)
+    bias1, bias2 = 1 - beta1**t, math.sqrt(1 - beta2**t)
+    weights -= (lr * bias2 / bias1) * m / (np.sqrt(v) + eps * bias2)
 
 
 def fit_critic(phi, obs, action, target, rows, lr, dims):
@@ -357,12 +335,12 @@ def fit_critic(phi, obs, action, target, rows, lr, dims):
     phi (P_c,), obs (B, obs), action (B, act), target (B,), rows (updates, batch) -> phi' (P_c,).
     """
     phi = phi.copy()
-    adam = Adam(*np.zeros((3, len(phi)), phi.dtype))
+    m, v = np.zeros((2, len(phi)), phi.dtype)
     for t, batch in enumerate(rows, start=1):
         q, cache = critic_forward(phi, obs[batch], action[batch], dims)
         d_q = (q - target[batch]) * phi.dtype.type(2 / len(batch))
         d_phi, _ = critic_backward(d_q, cache)
-        adam.descend(phi, d_phi, lr, t)
+        adam_step(phi, d_phi, m, v, t, lr)
     return phi
 
 

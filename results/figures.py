@@ -1,0 +1,310 @@
+"""The figures: `python -m results.figures` the paper's, from results/<task>[-<variant>]-seed<N>/;
+`python -m results.figures DIR [DIR ..]` the training curves of any runs.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import esmeta
+import numpy as np
+import tasks
+
+HERE = Path(__file__).parent
+TASKS = ("cheetah_vel", "cheetah_dir", "ant_vel", "ant_dir")
+BLUE, ORANGE, GREEN, GREY = "#0969b2", "#d95f02", "#1b8a5a", "#777777"
+STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.25,
+         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+         "legend.fontsize": 9.5, "lines.linewidth": 1.8}
+
+
+# ---- what there is to draw ----------------------------------------------------------------------
+
+
+def read_log(folder):
+    """Columns of a run's log.csv as a dict of arrays (iterations,); ValueError for anything else."""
+    path = Path(folder) / "log.csv"
+    if not path.is_file():
+        raise ValueError(f"no log.csv in {folder}")
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        log = {name: np.array([float(row[name]) for row in rows]) for name in esmeta.LOG_COLUMNS}
+    except (KeyError, TypeError, ValueError, csv.Error):  # a binary file decodes to ValueError too
+        raise ValueError(f"{path} is no log of esmeta") from None
+    if not rows:
+        raise ValueError(f"{path} has no iteration yet")
+    return log
+
+
+def read_config(folder):
+    """A run's config.json as a dict; empty where there is none; ValueError where it is broken."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no configuration of esmeta")
+    return config
+
+
+def read_eval(folder, task):
+    """A run's eval.csv: -> goals (n,), returns (updates + 1, n); None where there is none."""
+    path = Path(folder) / "eval.csv"
+    if not path.is_file():
+        return None
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        goal, update, value = (np.array([float(row[c]) for row in rows])
+                               for c in ("goal", "updates", "return"))
+        n = len(tasks.test_goals(task))
+        return goal[:n], value[np.argsort(update, kind="stable")].reshape(-1, n)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is no meta-test of {task}") from None
+
+
+def published(task, method="maml", updates="1"):
+    """MAML's table: mean return of a method after some updates ('' for the oracle), or None."""
+    for row in csv.DictReader((HERE / "maml.csv").read_text().splitlines()):
+        if (row["task"], row["method"], row["updates"]) == (task, method, updates):
+            return float(row["mean_return"])
+    return None
+
+
+def constant_speed(task, goals):
+    """Return of the best constant speed, the goals' median, on each goal; None for a direction."""
+    if tasks.find_task(task).direction:
+        return None
+    bonus = 1.05 if task == "ant_vel" else 0.0  # a living ant's, without its costs
+    return tasks.find_task(task).horizon * (bonus - np.abs(goals - np.median(goals)))
+
+
+def find_runs(task, variant=""):
+    """Folders of the seeds of one setting, in order; one line where there is none."""
+    name = task + (f"-{variant}" if variant else "")
+    runs = sorted(folder for folder in HERE.glob(f"{name}-seed*")
+                  if re.fullmatch(re.escape(name) + r"-seed\d+", folder.name)
+                  and (folder / "log.csv").is_file())
+    if not runs:
+        print(f"skipped: no results/{name}-seed*/log.csv")
+    return runs
+
+
+# ---- pieces of a picture ------------------------------------------------------------------------
+
+
+def curve(ax, runs, column, label, colour, **line):
+    """Mean of the seeds' column against iterations, their range as a band."""
+    logs = [read_log(folder) for folder in runs]
+    n = min(len(log[column]) for log in logs)  # as far as all seeds go
+    values, x = np.stack([log[column][:n] for log in logs]), logs[0]["iteration"][:n] + 1
+    ax.plot(x, values.mean(axis=0), color=colour, label=label, **line)
+    if len(runs) > 1:
+        ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
+
+
+def yardsticks(ax, task, updates=("1",), constant=True):
+    """Horizontal lines: MAML after some updates, the oracle, the best constant speed."""
+    lines = [(published(task, "maml", u), f"MAML, {u} update" + "s" * (u != "1"), style)
+             for u, style in zip(updates, ("--", "-."))]
+    lines.append((published(task, "oracle", ""), "oracle that sees the goal", ":"))
+    if constant and task in TASKS and not tasks.find_task(task).direction:
+        goals = tasks.test_goals(task)
+        lines.append((constant_speed(task, goals).mean(), "best constant speed", (0, (6, 3, 1, 3))))
+    for (value, label, style), colour in zip(lines, ("black", "black", GREEN, GREY)
+                                             if len(updates) > 1 else ("black", GREEN, GREY)):
+        if value is not None:
+            ax.axhline(value, color=colour, ls=style, lw=1.4, label=label)
+
+
+def finish(ax, title, xlabel="iteration", ylabel="return, sum of rewards over an episode"):
+    """Title and names of the axes."""
+    ax.set_title(title, fontsize=12)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+
+
+def seeds(runs):
+    """How many seeds, in words."""
+    return f"{len(runs)} seed" + "s" * (len(runs) != 1)
+
+
+def save(figure, path):
+    """Write the picture and say so."""
+    figure.savefig(path)
+    print(path)
+
+
+# ---- the figures --------------------------------------------------------------------------------
+
+
+def figure1(plt):
+    """Return after adaptation against iterations on the four tasks; None without runs."""
+    found = [(task, runs) for task in TASKS if (runs := find_runs(task))]
+    if not found:
+        return None
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8.4), layout="constrained")
+    for ax, (task, runs) in zip(axes.flat, found):
+        curve(ax, runs, "return_after", "ESMeta, after adaptation", BLUE)
+        curve(ax, runs, "return_before", "ESMeta, before", ORANGE, lw=1)
+        yardsticks(ax, task)
+        finish(ax, f"{task} ({seeds(runs)})", ylabel="return (200 steps)")
+    for ax in axes.flat[len(found):]:
+        ax.set_visible(False)
+    # the first velocity task has every line that any of them has
+    handles = max((ax.get_legend_handles_labels() for ax in axes.flat), key=lambda h: len(h[0]))
+    figure.legend(*handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def setting_label(runs, parts):
+    """What tells a setting from the others, from its config: ('workers', 'sigma', 'cycles')."""
+    config = read_config(runs[0])
+    words = {"workers": f"{config.get('workers')} workers",
+             "sigma": "sigma " + ("learned" if config.get("lr_sigma_actor") else "fixed"),
+             "cycles": f"{config.get('cycles')} gradient update" + "s" * (config.get("cycles") != 1)}
+    return ", ".join(words[part] for part in parts) + f" ({seeds(runs)})"
+
+
+def figure2(plt, task="cheetah_vel"):
+    """Left: workers, and learned or fixed sigma. Right: gradient updates. None without runs."""
+    base = find_runs(task)
+    panels = [[(base, BLUE)], [(base, BLUE)]]
+    for panel, variant, colour in ((0, "M16", ORANGE), (0, "fixed_sigma", GREEN),
+                                   (1, "cycles1", GREEN), (1, "cycles3", ORANGE)):
+        if any(HERE.glob(f"{task}-{variant}-seed*")) or variant != "cycles1":
+            panels[panel].append((find_runs(task, variant), colour))
+    if not any(runs for panel in panels for runs, _ in panel):
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
+    for ax, panel, parts, title in (
+            (axes[0], panels[0], ("workers", "sigma"), "workers; learned or fixed sigma"),
+            (axes[1], panels[1], ("cycles",), "gradient updates of an adaptation")):
+        for runs, colour in panel:
+            if runs:
+                curve(ax, runs, "return_after", setting_label(runs, parts), colour)
+        yardsticks(ax, task, ("1",) if ax is axes[0] else ("1", "3"), constant=False)
+        finish(ax, f"{task}: {title}", ylabel="return after adaptation (200 steps)")
+        ax.legend(loc="lower right")
+    axes[1].set_ylabel("")
+    return figure
+
+
+def draw_directions(ax, goals, before, after):
+    """A line from before to after for each goal, one column for each direction."""
+    for direction, colour in ((-1, ORANGE), (1, BLUE)):
+        chosen = goals == direction
+        shift = np.linspace(-0.3, 0.3, chosen.sum())
+        for x, b, a in zip(direction + shift, before[chosen], after[chosen]):
+            ax.plot([x, x], [b, a], color=GREY, lw=0.7, alpha=0.6)
+        ax.plot(direction + shift, before[chosen], "o", mfc="white", mec=GREY, ms=5)
+        ax.plot(direction + shift, after[chosen], "o", color=colour, ms=5)
+        ax.annotate(f"mean {after[chosen].mean():.0f}", (direction, after[chosen].max()),
+                    (0, 9), textcoords="offset points", ha="center", color=colour)
+    ax.margins(y=0.14)
+    ax.set_xticks([-1, 1], [f"backward ({(goals < 0).sum()} goals)",
+                            f"forward ({(goals > 0).sum()} goals)"])
+
+
+def draw_velocities(ax, task, goals, before, after):
+    """Returns before and after against the goal, with what one constant speed would earn."""
+    order = np.argsort(goals)
+    for g, b, a in zip(goals, before, after):
+        ax.plot([g, g], [b, a], color=GREY, lw=0.7, alpha=0.6)
+    ax.plot(goals, before, "o", mfc="white", mec=GREY, ms=5)
+    ax.plot(goals, after, "o", color=BLUE, ms=5)
+    ax.plot(goals[order], constant_speed(task, goals)[order], color=GREEN, ls="--", lw=1.3)
+
+
+def adaptation(plt):
+    """Before and after one update on each of the 40 test goals (seeds averaged)."""
+    tested = {}
+    for task in TASKS:
+        evals = [e for folder in find_runs(task) if (e := read_eval(folder, task)) is not None]
+        if evals:
+            tested[task] = evals[0][0], np.mean([returns[:2] for _, returns in evals], axis=0), len(evals)
+        else:
+            print(f"skipped: no results/{task}-seed*/eval.csv")
+    if not tested:
+        return None
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8.4), layout="constrained")
+    for ax, (task, (goals, (before, after), n)) in zip(axes.flat, tested.items()):
+        if tasks.find_task(task).direction:
+            draw_directions(ax, goals, before, after)
+        else:
+            draw_velocities(ax, task, goals, before, after)
+        finish(ax, f"{task} ({n} seed{'s' * (n != 1)})", "goal direction"
+               if tasks.find_task(task).direction else "goal velocity (m/s)", "return (200 steps)")
+    for ax in axes.flat[len(tested):]:
+        ax.set_visible(False)
+    marks = [plt.Line2D([], [], ls="", marker="o", mfc="white", mec=GREY, label="before adaptation"),
+             plt.Line2D([], [], ls="", marker="o", color=BLUE, label="after one update"),
+             plt.Line2D([], [], ls="", marker="o", color=ORANGE, label="after, backward"),
+             plt.Line2D([], [], color=GREEN, ls="--", label="best constant speed, without costs")]
+    figure.legend(handles=marks, loc="outside lower center", ncols=4)
+    return figure
+
+
+def training(plt, folders):
+    """Before, explorers and after against iterations, a panel for each run."""
+    logs, configs = [read_log(f) for f in folders], [read_config(f) for f in folders]
+    columns = min(2, len(folders))
+    rows = -(-len(folders) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(10, 5.4 if rows == 1 else 4.6 * rows),
+                                layout="constrained", squeeze=False)
+    for ax, folder, log, config in zip(axes.flat, folders, logs, configs):
+        lines = (("return_after", "after adaptation", BLUE, 1.8), ("return_explorers", "explorers",
+                 GREEN, 1.0), ("return_before", "before", ORANGE, 1.0))
+        for column, label, colour, width in lines:
+            ax.plot(log["iteration"] + 1, log[column], color=colour, lw=width, label=label,
+                    marker="." if len(log["iteration"]) < 3 else None)
+        yardsticks(ax, config.get("task"))
+        steps, hours = log["env_steps"][-1] / 1e6, log["seconds"].sum() / 3600
+        finish(ax, f"{Path(folder).resolve().name}: {steps:.1f} M steps, {hours:.1f} h",
+               ylabel="return of an episode")
+        ax.legend(loc="best", ncols=2)
+    for ax in axes.flat[len(folders):]:
+        ax.set_visible(False)
+    return figure
+
+
+def draw(plt, folders):
+    """The figures that the command line asks for, as PNG files."""
+    plt.rcParams.update(STYLE)
+    if folders:
+        target = Path(folders[0]) if len(folders) == 1 else Path()
+        return save(training(plt, folders), target / "training.png")
+    for name, make in (("figure1", figure1), ("figure2", figure2), ("adaptation", adaptation)):
+        figure = make(plt)
+        if figure is not None:
+            save(figure, HERE / f"{name}.png")
+
+
+def main(argv=None):
+    """The program: -> exit status 0; 2 bad input; 1 no matplotlib or no place to write."""
+    parser = esmeta.OneLineParser("results.figures", description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="*", help="run directories; none: the paper's figures")
+    try:
+        folders = parser.parse_args(argv).run
+        for folder in folders:  # before the slow import, and whether or not it is there
+            read_log(folder), read_config(folder)
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        draw(plt, folders)
+    except ImportError:
+        print("figures: error: no matplotlib: pip install matplotlib", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"figures: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
