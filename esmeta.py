@@ -83,6 +83,7 @@ class Config:
     actor_batch: int = setting(512, "ours", "states that an actor step averages over", 1, 10**6)
     actor_rule: str = setting("sigma", "ours", "sigma: a step along sigma^2 grad; sgd: along grad")
     actor_step: float = setting(3.3, "ours", "length of the step in sigmas; the rate of sgd", 0, 1e6)
+    shrink: float = setting(0.5, "ours", "of the step, for each further update of --eval", 0, 1)
     target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
     goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
     test_rollouts: int = setting(2, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
@@ -103,7 +104,7 @@ TASK_SETTINGS = {
 }
 PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, cycles=50,
              critic_updates=1, critic_lr=1e-3, actor_batch=128, actor_rule="sgd", actor_step=1e-4,
-             target_tau=1e-3, goals=1, test_rollouts=1, antithetic=False, utility="raw",
+             target_tau=1e-3, shrink=1.0, goals=1, test_rollouts=1, antithetic=False, utility="raw",
              natural=False, lr_mu_actor=1e-5, lr_sigma_actor=1e-5, lr_mu_critic=1e-5,
              lr_sigma_critic=1e-5, half_life=0.0)
 ITERATIONS = dict(cheetah_vel=300, cheetah_dir=250, ant_vel=300, ant_dir=300, point_goal=60)
@@ -995,7 +996,8 @@ def evaluate_goal(job):
             theta = actor + spread * rng.standard_normal((config.rollouts, len(actor)), np.float32)
             starts = rng.integers(2**31, size=config.rollouts)
             data = rollout(name, theta, starts, normalise).score(name, goal)
-            actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, config, dims, rng)
+            shorter = dataclasses.replace(config, actor_step=config.actor_step * config.shrink**update)
+            actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, shorter, dims, rng)
     return np.array(returns)
 
 

@@ -87,7 +87,8 @@ class Episodes:
         config = dataclasses.replace(config, rollouts=k)
         eps, _ = esmeta.sample_noise(config, meta.iteration, 0, esmeta.task_dims(config.task))
         self.theta = meta.mu_actor + meta.sigma_actor * eps
-        self.normalise, self.env = esmeta.make_normaliser(meta, config), esmeta.lockstep(self.name, k)
+        self.normalise = esmeta.make_normaliser(meta, config)
+        self.env = esmeta.lockstep(self.name, k)
         self.run = self.closed_loop()
         valid = self.run.score(self.name, tasks.test_goals(self.name)[0]).valid  # (H, K)
         self.steps, self.lengths = int(valid.sum()), valid.sum(axis=0)
@@ -184,7 +185,8 @@ def real_state(config):
     if path.exists():
         return esmeta.load_checkpoint(path)[1], f"policy of {path.parent.name}"
     meta = esmeta.initial_state(config)
-    count, mean, m2 = esmeta.moments(Episodes(config, meta, 20).run.raw.reshape(-1, len(meta.obs_mean)))
+    raw = Episodes(config, meta, 20).run.raw
+    count, mean, m2 = esmeta.moments(raw.reshape(-1, raw.shape[-1]))
     return meta._replace(obs_count=float(count), obs_mean=mean, obs_m2=m2), "untrained policy"
 
 
@@ -216,7 +218,7 @@ def one_core(config, meta, repeats):
     for name in ("closed loop, K = 20", "closed loop, K = 40"):
         show(name + ": C loop over it", f"{us[name]:.2f} us/step", c / us[name], loops)
     for name, target in (("SyncVectorEnv", gym), ("SyncVectorEnv, registered", None)):
-        show(f"{name}, 20: it over closed loop", f"{us[name]:.2f} us/step",
+        show(f"{name}: over closed loop", f"{us[name]:.2f} us/step",
              us[name] / us["closed loop, K = 20"], target)
     show(f"adaptation to {config.goals} tasks over its products", f"{1e3 * part['adapt']:.1f} ms",
          part["adapt"] / time_of["products"], 1.5, most=True)
@@ -303,8 +305,10 @@ def show_model(worker, serial, size, m):
     each = serial / m + size / BANDWIDTH
     fixed = {p: -(-m // p) * worker + m * each for p in 2 ** np.arange(11)}
     grown = {p: worker + p * each for p in fixed if p > m}  # a worker more for a process more
+    print("    P       " + "".join(f"{p:>8}" for p in fixed))
     for text, times in ((f"M = {m}", fixed), ("M = P", grown)):
-        print(f"    {text:<8}" + " ".join(f"P={p}:{t:.2f}s" for p, t in times.items()))
+        cells = (f"{times[p]:8.2f}" if p in times else " " * 8 for p in fixed)
+        print(f"    {text:<8}" + "".join(cells))
     best = next((p for p in fixed if fixed.get(2 * p, 0) > 0.9 * fixed[p]), 1024)
     print(f"    M = {m} pays up to P = {best}; with M = P, the main process is busy as long as a "
           f"worker at P = {worker / each:.0f}")
@@ -325,14 +329,14 @@ def bench(name, processes, quick):
     job = len(pickle.dumps(esmeta.make_jobs(config, meta)[0], pickle.HIGHEST_PROTOCOL))
     back = len(pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
     show("bytes of a job, of a result", f"{job} {back}")
-    counts = sorted({1, min(2, processes), processes, *(2 ** i for i in range(processes.bit_length()))})
+    counts = sorted({processes, *(2 ** i for i in range(processes.bit_length()))})
     times = iteration_times(config, meta, counts, 1 if quick else 3)
     for p in counts:
         show(f"iterations an hour, P = {p}: over P = 1", f"{3600 / times[p]:.0f}",
              times[1] / times[p], 1.9 if p == 2 else None)
     two = times.get(2, times[1] / 2)
-    show("main process's share of an iteration, P = 2", f"{1e3 * serial:.1f} ms", serial / two, 0.03,
-         most=True)
+    show("main process's share of an iteration, P = 2", f"{1e3 * serial:.1f} ms", serial / two,
+         0.03, most=True)
     show_model(worker, serial, job + back, m)
 
 

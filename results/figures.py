@@ -25,7 +25,7 @@ STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.
 
 
 def read_log(folder):
-    """Columns of a run's log.csv as a dict of arrays (iterations,); ValueError for anything else."""
+    """Columns of a run's log.csv as a dict of arrays (iterations,); ValueError for other files."""
     path = Path(folder) / "log.csv"
     if not path.is_file():
         raise ValueError(f"no log.csv in {folder}")
@@ -121,7 +121,7 @@ def yardsticks(ax, task, updates=("1",), constant=True):
             ax.axhline(value, color=colour, ls=style, lw=1.4, label=label)
 
 
-def finish(ax, title, xlabel="iteration", ylabel="return, sum of rewards over an episode"):
+def finish(ax, title, xlabel="iteration", ylabel="return (200 steps)"):
     """Title and names of the axes."""
     ax.set_title(title, fontsize=12)
     ax.set_xlabel(xlabel)
@@ -152,7 +152,7 @@ def figure1(plt):
         curve(ax, runs, "return_after", "ESMeta, after adaptation", BLUE)
         curve(ax, runs, "return_before", "ESMeta, before", ORANGE, lw=1)
         yardsticks(ax, task)
-        finish(ax, f"{task} ({seeds(runs)})", ylabel="return (200 steps)")
+        finish(ax, f"{task} ({seeds(runs)})")
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
     # the first velocity task has every line that any of them has
@@ -164,9 +164,10 @@ def figure1(plt):
 def setting_label(runs, parts):
     """What tells a setting from the others, from its config: ('workers', 'sigma', 'cycles')."""
     config = read_config(runs[0])
+    cycles = config.get("cycles")
     words = {"workers": f"{config.get('workers')} workers",
              "sigma": "sigma " + ("learned" if config.get("lr_sigma_actor") else "fixed"),
-             "cycles": f"{config.get('cycles')} gradient update" + "s" * (config.get("cycles") != 1)}
+             "cycles": f"{cycles} gradient update" + "s" * (cycles != 1)}
     return ", ".join(words[part] for part in parts) + f" ({seeds(runs)})"
 
 
@@ -196,15 +197,15 @@ def figure2(plt, task="cheetah_vel"):
 
 def draw_directions(ax, goals, before, after):
     """A line from before to after for each goal, one column for each direction."""
-    for direction, colour in ((-1, ORANGE), (1, BLUE)):
+    for direction in (-1, 1):
         chosen = goals == direction
         shift = np.linspace(-0.3, 0.3, chosen.sum())
         for x, b, a in zip(direction + shift, before[chosen], after[chosen]):
             ax.plot([x, x], [b, a], color=GREY, lw=0.7, alpha=0.6)
         ax.plot(direction + shift, before[chosen], "o", mfc="white", mec=GREY, ms=5)
-        ax.plot(direction + shift, after[chosen], "o", color=colour, ms=5)
+        ax.plot(direction + shift, after[chosen], "o", color=BLUE, ms=5)
         ax.annotate(f"mean {after[chosen].mean():.0f}", (direction, after[chosen].max()),
-                    (0, 9), textcoords="offset points", ha="center", color=colour)
+                    (0, 9), textcoords="offset points", ha="center", color=BLUE)
     ax.margins(y=0.14)
     ax.set_xticks([-1, 1], [f"backward ({(goals < 0).sum()} goals)",
                             f"forward ({(goals > 0).sum()} goals)"])
@@ -226,7 +227,8 @@ def adaptation(plt):
     for task in TASKS:
         evals = [e for folder in find_runs(task) if (e := read_eval(folder, task)) is not None]
         if evals:
-            tested[task] = evals[0][0], np.mean([returns[:2] for _, returns in evals], axis=0), len(evals)
+            returns = np.mean([returns[:2] for _, returns in evals], axis=0)
+            tested[task] = evals[0][0], returns, len(evals)
         else:
             print(f"skipped: no results/{task}-seed*/eval.csv")
     if not tested:
@@ -238,14 +240,14 @@ def adaptation(plt):
         else:
             draw_velocities(ax, task, goals, before, after)
         finish(ax, f"{task} ({n} seed{'s' * (n != 1)})", "goal direction"
-               if tasks.find_task(task).direction else "goal velocity (m/s)", "return (200 steps)")
+               if tasks.find_task(task).direction else "goal velocity (m/s)")
     for ax in axes.flat[len(tested):]:
         ax.set_visible(False)
-    marks = [plt.Line2D([], [], ls="", marker="o", mfc="white", mec=GREY, label="before adaptation"),
-             plt.Line2D([], [], ls="", marker="o", color=BLUE, label="after one update"),
-             plt.Line2D([], [], ls="", marker="o", color=ORANGE, label="after, backward"),
+    dot = dict(ls="", marker="o")
+    marks = [plt.Line2D([], [], mfc="white", mec=GREY, label="before adaptation", **dot),
+             plt.Line2D([], [], color=BLUE, label="after one update", **dot),
              plt.Line2D([], [], color=GREEN, ls="--", label="best constant speed, without costs")]
-    figure.legend(handles=marks, loc="outside lower center", ncols=4)
+    figure.legend(handles=marks, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -257,15 +259,16 @@ def training(plt, folders):
     figure, axes = plt.subplots(rows, columns, figsize=(10, 5.4 if rows == 1 else 4.6 * rows),
                                 layout="constrained", squeeze=False)
     for ax, folder, log, config in zip(axes.flat, folders, logs, configs):
-        lines = (("return_after", "after adaptation", BLUE, 1.8), ("return_explorers", "explorers",
-                 GREEN, 1.0), ("return_before", "before", ORANGE, 1.0))
-        for column, label, colour, width in lines:
+        few = "." if len(log["iteration"]) < 3 else None  # one point makes no line
+        for column, label, colour, width in (  # explorers are often close to before: wide, below
+                ("return_explorers", "explorers", "#f5b58a", 3.5),
+                ("return_before", "before", ORANGE, 1.0), ("return_after", "after", BLUE, 1.8)):
             ax.plot(log["iteration"] + 1, log[column], color=colour, lw=width, label=label,
-                    marker="." if len(log["iteration"]) < 3 else None)
+                    marker=few)
         yardsticks(ax, config.get("task"))
         steps, hours = log["env_steps"][-1] / 1e6, log["seconds"].sum() / 3600
         finish(ax, f"{Path(folder).resolve().name}: {steps:.1f} M steps, {hours:.1f} h",
-               ylabel="return of an episode")
+               ylabel="return of an episode")  # of any task, of any length
         ax.legend(loc="best", ncols=2)
     for ax in axes.flat[len(folders):]:
         ax.set_visible(False)

@@ -73,7 +73,8 @@ def film(config, meta, actor, goal, stride, seed):
     from PIL import Image
 
     task, dims = tasks.find_task(config.task), esmeta.task_dims(config.task)
-    normalise, policy = esmeta.make_normaliser(meta, config), esmeta.make_policy(actor[None], 1, dims)
+    normalise = esmeta.make_normaliser(meta, config)
+    policy = esmeta.make_policy(actor[None], 1, dims)
     env = gymnasium.make(task.env_id, render_mode="rgb_array")
     obs, info = env.reset(seed=seed, options={"goal": goal if task.goal_shape else float(goal)})
     pictures, texts, total, end = [], [], 0.0, False
@@ -93,7 +94,7 @@ def film(config, meta, actor, goal, stride, seed):
 
 
 def compose(films, titles, goal_text):
-    """Both films side by side with their texts; the shorter one stands still at its end: -> list."""
+    """Both films side by side with their texts; the shorter one stands still at its end."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, frames = ImageFont.load_default(15), []
@@ -136,8 +137,8 @@ def make_video(args):
     frames = compose(films, (f"{config.task} before adaptation",
                              f"after {args.updates} update{plural}"), goal_text)
     frames[0].save(out, save_all=True, append_images=frames[1:], duration=int(1000 * FRAME), loop=0)
-    print(f"{out}: {len(frames)} frames, "
-          + ", ".join(f"{name} {texts[-1][1]}" for name, (_, texts) in zip(("before", "after"), films)))
+    before, after = (texts[-1][1] for _, texts in films)
+    print(f"{out}: {len(frames)} frames, before: {before}, after: {after}")
 
 
 def main(argv=None):
