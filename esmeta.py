@@ -86,7 +86,8 @@ class Config:
     shrink: float = setting(0.5, "ours", "of the step, for each further update of --eval", 0, 1)
     target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
     goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
-    test_rollouts: int = setting(2, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
+    risk: float = setting(0.0, "ours", "stds over its tasks that a worker's fitness loses", 0, 10)
+    test_rollouts: int = setting(4, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
     antithetic: bool = setting(True, "ours", "workers in pairs of eps and -eps on common seeds")
     utility: str = setting("rank", "ours", "rank: utilities in [-0.5, 0.5]; raw: the fitness")
     natural: bool = setting(True, "ours", "natural gradient of Eq. 10: steps in sigmas")
@@ -98,13 +99,12 @@ class Config:
 
 
 TASK_SETTINGS = {
-    "cheetah_dir": dict(goals=2),
-    "ant_vel": dict(test_rollouts=4),
-    "ant_dir": dict(rollouts=40, goals=2, test_rollouts=4),
+    "cheetah_dir": dict(goals=2, risk=0.5, actor_step=5.0),
+    "ant_dir": dict(goals=2, risk=0.5, actor_step=5.0, rollouts=40),
 }
 PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, cycles=50,
              critic_updates=1, critic_lr=1e-3, actor_batch=128, actor_rule="sgd", actor_step=1e-4,
-             target_tau=1e-3, shrink=1.0, goals=1, test_rollouts=1, antithetic=False, utility="raw",
+             target_tau=1e-3, shrink=1.0, goals=1, risk=0.0, test_rollouts=1, antithetic=False, utility="raw",
              natural=False, lr_mu_actor=1e-5, lr_sigma_actor=1e-5, lr_mu_critic=1e-5,
              lr_sigma_critic=1e-5, half_life=0.0)
 ITERATIONS = dict(cheetah_vel=300, cheetah_dir=250, ant_vel=300, ant_dir=300, point_goal=60)
@@ -528,10 +528,11 @@ class Job(NamedTuple):
 class Result(NamedTuple):
     """What a worker sends back, means over its tasks."""
 
-    fitness_actor: float  # return after adaptation
+    fitness_actor: float  # return after adaptation, less risk times its std over the tasks
     fitness_critic: float  # minus the critic's squared error after adaptation
     return_before: float
     return_explorers: float
+    return_after: float
     env_steps: int
     noise: tuple  # sum_j eps, sum_j eps^2 (P,), eps of the critic (P_c,)
     moments: tuple  # count, mean and summed squared deviations of the explorers' observations
@@ -675,13 +676,15 @@ def evaluate_worker(job):
                     np.tile(starts[k + 1 :], len(goals)), normalise)
     tested = [tests.part(i * config.test_rollouts, (i + 1) * config.test_rollouts).score(name, goal)
               for i, goal in enumerate(goals)]
+    after = [test.returns().mean() for test in tested]  # (G,)
     seen = [data.valid for data in scored]
     return Result(
-        fitness_actor=np.mean([test.returns().mean() for test in tested]),
+        fitness_actor=np.mean(after) - config.risk * np.std(after),
         fitness_critic=-np.mean([critic_error(*pair, test, config, dims)
                                  for pair, test in zip(adapted, tested)]),
         return_before=np.mean([data.returns()[k] for data in scored]),
         return_explorers=np.mean([data.returns()[:k].mean() for data in scored]),
+        return_after=np.mean(after),
         env_steps=int(np.any(seen, axis=0).sum() + sum(test.valid.sum() for test in tested)),
         noise=(eps.sum(axis=0), np.einsum("kp,kp->p", eps, eps), eps_critic),
         moments=moments(run.raw[:-1, :k][np.any(seen, axis=0)[:, :k]]))
@@ -831,7 +834,7 @@ def iterate(config, meta, crew, progress=lambda count: None):
                             (meta.obs_count, meta.obs_mean, meta.obs_m2))
     steps = meta.env_steps + sum(r.env_steps for r in results)
     before, explorers, after, critic = np.mean(
-        [(r.return_before, r.return_explorers, r.fitness_actor, r.fitness_critic) for r in fine], 0)
+        [(r.return_before, r.return_explorers, r.return_after, r.fitness_critic) for r in fine], 0)
     row = dict(zip(LOG_COLUMNS, (meta.iteration, before, explorers, after, -critic,
                                  float(new.sigma_actor.mean()), ratio, steps)))
     new = new._replace(obs_count=float(seen[0]), obs_mean=seen[1], obs_m2=seen[2],

@@ -128,6 +128,13 @@ def finish(ax, title, xlabel="iteration", ylabel="return (200 steps)"):
     ax.set_ylabel(ylabel)
 
 
+def shared_legend(figure, axes):
+    """One legend below all panels, which hides no curve: each label once."""
+    labelled = {label: handle for ax in axes.flat
+                for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3)
+
+
 def seeds(runs):
     """How many seeds, in words."""
     return f"{len(runs)} seed" + "s" * (len(runs) != 1)
@@ -155,9 +162,7 @@ def figure1(plt):
         finish(ax, f"{task} ({seeds(runs)})")
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
-    # the first velocity task has every line that any of them has
-    handles = max((ax.get_legend_handles_labels() for ax in axes.flat), key=lambda h: len(h[0]))
-    figure.legend(*handles, loc="outside lower center", ncols=3)
+    shared_legend(figure, axes)
     return figure
 
 
@@ -269,9 +274,9 @@ def training(plt, folders):
         steps, hours = log["env_steps"][-1] / 1e6, log["seconds"].sum() / 3600
         finish(ax, f"{Path(folder).resolve().name}: {steps:.1f} M steps, {hours:.1f} h",
                ylabel="return of an episode")  # of any task, of any length
-        ax.legend(loc="best", ncols=2)
     for ax in axes.flat[len(folders):]:
         ax.set_visible(False)
+    shared_legend(figure, axes)
     return figure
 
 
