@@ -52,7 +52,7 @@ import numpy as np
 
 import tasks
 
-# ---- configuration: every default with its provenance -------------------------------------------
+# ---- configuration: every default with its provenance ---------------------------------------
 
 
 def setting(default, source, text, low=None, high=None):
@@ -68,21 +68,21 @@ class Config:
     task: str = setting("cheetah_vel", "paper", "one of " + ", ".join(tasks.TASKS))
     seed: int = setting(0, "ours", "of every random number", 0, 2**63 - 1)
     workers: int = setting(64, "paper", "M, workers an iteration", 2, 10**5)
-    rollouts: int = setting(20, "paper", "K, exploring actors and trajectories of a worker", 1, 10**4)
+    rollouts: int = setting(20, "paper", "K, exploring actors of a worker", 1, 10**4)
     sigma_actor: float = setting(0.03, "ours", "initial sigma of the actor", 1e-5, 1)
     sigma_critic: float = setting(0.03, "ours", "initial sigma of the critic", 1e-5, 1)
-    correlation: float = setting(0.5, "ours", "rho of eps between the K actors of a worker", 0, 0.99)
+    correlation: float = setting(0.5, "ours", "rho of eps between a worker's K actors", 0, 0.99)
     obs_clip: float = setting(5.0, "ours", "bound of normalised observations; 0: raw ones", 0, 1e6)
     gamma: float = setting(0.97, "ours", "discount of the critic's targets", 0, 0.9999)
     n_step: int = setting(20, "ours", "rewards in a critic target; 1: textbook DDPG", 1, 10**4)
     centre: bool = setting(True, "ours", "subtract the trajectories' mean reward from rewards")
-    cycles: int = setting(1, "ours", "gradient updates on one data set: fit critic, step actor", 1, 10**4)
+    cycles: int = setting(1, "ours", "(fit critic, step actor) on the same data", 1, 10**4)
     critic_updates: int = setting(25, "ours", "minibatches of the critic in a cycle", 1, 10**6)
     critic_batch: int = setting(128, "ours", "rows in a minibatch", 1, 10**6)
     critic_lr: float = setting(3e-3, "ours", "Adam rate of the critic", 0, 10)
     actor_batch: int = setting(512, "ours", "states that an actor step averages over", 1, 10**6)
     actor_rule: str = setting("sigma", "ours", "sigma: a step along sigma^2 grad; sgd: along grad")
-    actor_step: float = setting(3.3, "ours", "length of the step in sigmas; the rate of sgd", 0, 1e6)
+    actor_step: float = setting(3.3, "ours", "length of the step in sigmas; rate of sgd", 0, 1e6)
     shrink: float = setting(0.5, "ours", "of the step, for each further update of --eval", 0, 1)
     target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
     goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
@@ -104,9 +104,9 @@ TASK_SETTINGS = {
 }
 PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, cycles=50,
              critic_updates=1, critic_lr=1e-3, actor_batch=128, actor_rule="sgd", actor_step=1e-4,
-             target_tau=1e-3, shrink=1.0, goals=1, risk=0.0, test_rollouts=1, antithetic=False, utility="raw",
-             natural=False, lr_mu_actor=1e-5, lr_sigma_actor=1e-5, lr_mu_critic=1e-5,
-             lr_sigma_critic=1e-5, half_life=0.0)
+             target_tau=1e-3, shrink=1.0, goals=1, risk=0.0, test_rollouts=1,
+             antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
+             lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0)
 ITERATIONS = dict(cheetah_vel=300, cheetah_dir=250, ant_vel=300, ant_dir=300, point_goal=60)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
 
@@ -143,7 +143,7 @@ def generator(kind, seed, iteration, index):
     return np.random.default_rng([kind, seed, iteration, index])
 
 
-# ---- networks: one flat vector of weights each, layers are views into it --------------------------
+# ---- networks: one flat vector of weights each, layers are views into it --------------------
 
 class Dims(NamedTuple):
     """Sizes of a task's networks: observation, action, both hidden layers."""
@@ -248,7 +248,7 @@ def critic_forward(phi, obs, action, dims):
 
 
 def critic_hidden_gradients(d_q, cache):
-    """Gradients of sum(d_q * q) before and at the input of layer 2: (B, hidden), (B, hidden + act)."""
+    """Gradients of sum(d_q * q) at layer 2: (B, hidden), and its input: (B, hidden + act)."""
     phi, dims, _, _, h2 = cache
     _, _, w2, _, w3, _ = unpack(phi, critic_shapes(dims))
     d_z2 = d_q[:, None] * w3[:, 0]
@@ -263,13 +263,14 @@ def critic_backward(d_q, cache):
     d_w1, d_b1, d_w2, d_b2, d_w3, d_b3 = unpack(d_phi, critic_shapes(dims))
     d_z2, d_joined = critic_hidden_gradients(d_q, cache)
     d_z1 = d_joined[:, : dims.hidden] * (joined[:, : dims.hidden] > 0)
-    for d_w, d_b, x, d_z in (d_w1, d_b1, obs, d_z1), (d_w2, d_b2, joined, d_z2), (d_w3, d_b3, h2, d_q[:, None]):
+    for d_w, d_b, x, d_z in (
+            (d_w1, d_b1, obs, d_z1), (d_w2, d_b2, joined, d_z2), (d_w3, d_b3, h2, d_q[:, None])):
         np.matmul(x.T, d_z, out=d_w)
         d_z.sum(0, out=d_b)
     return d_phi, d_joined[:, dims.hidden :]
 
 
-# ---- DDPG: adapt the mean actor and the critic to one task ----------------------------------------
+# ---- DDPG: adapt the mean actor and the critic to one task ----------------------------------
 
 
 class Trajectories(NamedTuple):
@@ -298,26 +299,31 @@ def nstep_targets(reward, terminated, value, gamma, n):
     """
     target = value.copy()
     discount = np.where(terminated, 0, gamma).astype(value.dtype)
-    for _ in range(n):  # a Bellman backup along all trajectories
+    for _ in range(min(n, len(reward))):  # a Bellman backup along all trajectories
         target[:-1] = reward + discount * target[1:]
     return target[:-1]
 
 
-def critic_targets(theta, phi, data, config, dims):
-    """The n-step targets (H, N) of data, with V(s) = Q_phi(s, a_theta(s))."""
+def mean_reward(data, config):
+    """What is subtracted from rewards: their mean over the valid rows where centred, else 0."""
+    return data.reward[data.valid].mean() if config.centre else 0.0
+
+
+def critic_targets(theta, phi, data, centre, config, dims):
+    """The n-step targets (H, N) of data less a mean reward, with V(s) = Q_phi(s, a_theta(s)).
+
+    Q then counts what exceeds the mean; so does the zero that follows a termination.
+    """
     rows = data.obs.reshape(-1, dims.obs)
     value = critic_forward(phi, rows, actor_forward(theta, rows, dims)[0], dims)[0]
-    reward = data.reward
-    if config.centre:  # Q counts what exceeds the mean reward; so does the zero after an end
-        mean = reward[data.valid].mean()
-        reward = reward - mean - data.terminated * mean * (config.gamma / (1 - config.gamma))
+    reward = data.reward - centre * (1 + data.terminated * (config.gamma / (1 - config.gamma)))
     return nstep_targets(reward.astype(value.dtype), data.terminated,
                          value.reshape(data.obs.shape[:-1]), config.gamma, config.n_step)
 
 
-def critic_error(theta, phi, data, config, dims):
+def critic_error(theta, phi, data, centre, config, dims):
     """Mean of (Q_phi(s, a) - y)^2 over the valid rows of data, y from theta and phi themselves."""
-    target = critic_targets(theta, phi, data, config, dims)[data.valid]
+    target = critic_targets(theta, phi, data, centre, config, dims)[data.valid]
     q, _ = critic_forward(phi, data.obs[:-1][data.valid], data.action[data.valid], dims)
     return float(np.mean((q - target) ** 2))
 
@@ -330,14 +336,15 @@ def adam_step(weights, gradient, m, v, t, lr, beta1=0.9, beta2=0.999, eps=1e-8):
     weights -= (lr * bias2 / bias1) * m / (np.sqrt(v) + eps * bias2)
 
 
-def fit_critic(phi, obs, action, target, rows, lr, dims):
+def fit_critic(phi, obs, action, target, rows, lr, dims, adam=None, done=0):
     """Descend the mean of (Q_phi(s, a) - y)^2, one Adam step for each minibatch; y stays fixed.
 
     phi (P_c,), obs (B, obs), action (B, act), target (B,), rows (updates, batch) -> phi' (P_c,).
+    adam (2, P_c) holds the moments after `done` steps and moves on; without it, they start at 0.
     """
     phi = phi.copy()
-    m, v = np.zeros((2, len(phi)), phi.dtype)
-    for t, batch in enumerate(rows, start=1):
+    m, v = np.zeros((2, len(phi)), phi.dtype) if adam is None else adam
+    for t, batch in enumerate(rows, start=done + 1):
         q, cache = critic_forward(phi, obs[batch], action[batch], dims)
         d_q = (q - target[batch]) * phi.dtype.type(2 / len(batch))
         d_phi, _ = critic_backward(d_q, cache)
@@ -373,10 +380,12 @@ def adapt(theta_bar, phi, data, sigma, config, dims, rng):
     """
     theta, target_theta, target_phi, tau = theta_bar, theta_bar, phi, config.target_tau
     obs, action = data.obs[:-1][data.valid], data.action[data.valid]  # (B, obs), (B, act)
-    for _ in range(config.cycles):
-        target = critic_targets(target_theta, target_phi, data, config, dims)[data.valid]
+    centre, adam = mean_reward(data, config), np.zeros((2, len(phi)), phi.dtype)
+    for cycle in range(config.cycles):
+        target = critic_targets(target_theta, target_phi, data, centre, config, dims)[data.valid]
         rows = rng.integers(len(obs), size=(config.critic_updates, config.critic_batch))
-        phi = fit_critic(phi, obs, action, target, rows, config.critic_lr, dims)
+        phi = fit_critic(phi, obs, action, target, rows, config.critic_lr, dims, adam,
+                         cycle * config.critic_updates)
         states = obs[rng.integers(len(obs), size=config.actor_batch)]
         theta = step_actor(theta, policy_gradient(theta, phi, states, dims), sigma, config)
         target_theta = (1 - tau) * target_theta + tau * theta
@@ -384,7 +393,7 @@ def adapt(theta_bar, phi, data, sigma, config, dims, rng):
     return theta, phi
 
 
-# ---- NES: the gradient of the distribution ---------------------------------------------------------
+# ---- NES: the gradient of the distribution --------------------------------------------------
 
 
 def log_density(theta, mu, sigma):
@@ -434,7 +443,7 @@ def ranks(values):
 
 
 def centred_ranks(fitness):
-    """Ranks of fitness (M,) scaled to [-0.5, 0.5]; ties share their mean, a constant gives zeros."""
+    """Ranks of fitness (M,) scaled to [-0.5, 0.5]; ties share their mean, constants give 0."""
     return (ranks(fitness) - (len(fitness) - 1) / 2) / max(len(fitness) - 1, 1)
 
 
@@ -456,7 +465,7 @@ def utilities(fitness, config):
     """
     finite = np.isfinite(fitness)
     if not finite.all():  # a worker that broke ranks last
-        fitness = np.where(finite, fitness, fitness[finite].min() - 1)
+        fitness = np.where(finite, fitness, np.min(fitness, where=finite, initial=0) - 1)
     if config.utility == "raw":
         return fitness, fitness
     if not config.antithetic:
@@ -467,7 +476,7 @@ def utilities(fitness, config):
 
 def ascend(mu, sigma, eps_sum, eps_square, fitness, k, rho, lr_mu, lr_sigma, config):
     """mu and sigma (P,) one SGD step up Eq. 10 or its natural gradient; sigma stays positive."""
-    u_mu, u_sigma = (u.astype(np.float32) for u in utilities(fitness, config))
+    u_mu, u_sigma = (u.astype(eps_sum.dtype) for u in utilities(fitness, config))
     d_mu, d_sigma = summed_gradient(eps_sum, eps_square, u_mu, u_sigma, sigma, k, rho)
     if config.natural:
         d_mu, d_log_sigma = natural_gradient(d_mu, d_sigma, sigma, k, rho)
@@ -495,7 +504,7 @@ def update_distribution(meta, results, config):
                          sigma_critic=sigma_critic), float(ratio)
 
 
-# ---- worker: explore, adapt, score -----------------------------------------------------------------
+# ---- worker: explore, adapt, score ----------------------------------------------------------
 
 
 class MetaState(NamedTuple):
@@ -597,7 +606,7 @@ def lockstep(name, num_envs):
 
 
 class Run(NamedTuple):
-    """N episodes before they are scored: no dynamics depend on the goal, so all tasks share them."""
+    """N episodes not yet scored: no dynamics depend on the goal, so all tasks share them."""
 
     obs: np.ndarray  # (H + 1, N, obs), normalised
     action: np.ndarray  # (H, N, act)
@@ -669,9 +678,9 @@ def evaluate_worker(job):
         2**31, size=k + 1 + config.test_rollouts)
     run = rollout(name, np.vstack([theta, theta_bar]), starts[: k + 1], normalise)
     scored = [run.score(name, goal) for goal in goals]
-    adapted = [
-        adapt(theta_bar, phi, data.part(0, k), meta.sigma_actor, config, dims,
-              generator(DATA, config.seed, meta.iteration, stream)) for data in scored]
+    datas = [data.part(0, k) for data in scored]
+    adapted = [adapt(theta_bar, phi, data, meta.sigma_actor, config, dims,
+                     generator(DATA, config.seed, meta.iteration, stream)) for data in datas]
     tests = rollout(name, np.stack([theta for theta, _ in adapted]),
                     np.tile(starts[k + 1 :], len(goals)), normalise)
     tested = [tests.part(i * config.test_rollouts, (i + 1) * config.test_rollouts).score(name, goal)
@@ -680,17 +689,18 @@ def evaluate_worker(job):
     seen = [data.valid for data in scored]
     return Result(
         fitness_actor=np.mean(after) - config.risk * np.std(after),
-        fitness_critic=-np.mean([critic_error(*pair, test, config, dims)
-                                 for pair, test in zip(adapted, tested)]),
+        fitness_critic=-np.mean([
+            critic_error(*pair, test, mean_reward(data, config), config, dims)
+            for pair, test, data in zip(adapted, tested, datas)]),
         return_before=np.mean([data.returns()[k] for data in scored]),
-        return_explorers=np.mean([data.returns()[:k].mean() for data in scored]),
+        return_explorers=np.mean([data.returns().mean() for data in datas]),
         return_after=np.mean(after),
         env_steps=int(np.any(seen, axis=0).sum() + sum(test.valid.sum() for test in tested)),
         noise=(eps.sum(axis=0), np.einsum("kp,kp->p", eps, eps), eps_critic),
         moments=moments(run.raw[:-1, :k][np.any(seen, axis=0)[:, :k]]))
 
 
-# ---- training loop, checkpoints, meta-test ---------------------------------------------------------
+# ---- training loop, checkpoints, meta-test --------------------------------------------------
 
 
 def initial_state(config):
@@ -712,7 +722,8 @@ def sample_goals(config, iteration, stream):
         return np.where((np.arange(n) + rng.integers(2)) % 2, task.goal_high, task.goal_low)
     if task.goal_shape:
         return tasks.sample_goals(config.task, rng, n)
-    return task.goal_low + (task.goal_high - task.goal_low) * (np.arange(n) + rng.uniform(size=n)) / n
+    part = (np.arange(n) + rng.uniform(size=n)) / n
+    return task.goal_low + (task.goal_high - task.goal_low) * part
 
 
 def make_jobs(config, meta):
@@ -894,12 +905,13 @@ def run_directory(out, resume):
 
 
 def open_run(out, config, resume):
-    """The state to go on from: the checkpoint's, with log.csv cut to its iteration, or the first."""
+    """The state to go on from, the checkpoint's or the first, with log.csv cut to it."""
     if resume and (out / "checkpoint.npz").exists():
         stored, meta = load_checkpoint(out)
         for name, value in dataclasses.asdict(config).items():
             if getattr(stored, name) != value:
-                raise ValueError(f"the run in {out} has {name} {getattr(stored, name)!r}, not {value!r}")
+                raise ValueError(f"{out} was trained with {name} {getattr(stored, name)!r}, "
+                                 f"not {value!r}")
         rows = (out / "log.csv").read_text().splitlines(keepends=True)[1 : meta.iteration + 1]
     else:
         meta, rows = initial_state(config), []
@@ -955,7 +967,7 @@ def load_checkpoint(path):
         for name, like in initial_state(config)._asdict().items():
             value, like = getattr(meta, name), np.asarray(like)
             if (value.shape, value.dtype) != (like.shape, like.dtype):
-                raise ValueError(f"{name} is {value.dtype} {value.shape}, not {like.dtype} {like.shape}")
+                raise ValueError(f"{name} is {value.dtype} {value.shape}")
             low = -np.inf if name in ("mu_actor", "mu_critic", "obs_mean") else 0
             if not (np.isfinite(value) & (value >= low)).all():
                 raise ValueError(f"{name} holds a number that no run writes")
@@ -980,28 +992,38 @@ class EvalJob(NamedTuple):
         return f"goal {self.index} of the meta-test, seed {self.seed}"
 
 
-def evaluate_goal(job):
-    """Returns before and after each of U updates on one goal: EvalJob -> (U + 1,).
+def adaptations(job):
+    """The actor (P,) before and after each of the job's updates: a generator.
 
-    An update runs K fresh explorers around the current actor and adapts their mean; a return
-    averages EVAL_ROLLOUTS episodes, from the same starts for all goals and updates.
+    An update runs K fresh explorers around the current actor and adapts their mean.
     """
     config, meta, goal, index, updates, seed = job
     name, dims, normalise = config.task, task_dims(config.task), make_normaliser(meta, config)
-    tests = generator(EVAL, seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)
-    # explorers spread as in training around their own mean, which stays the current actor
+    # explorers spread as in training around their own mean, which stays near the current actor
     spread = meta.sigma_actor * math.sqrt(1 - config.correlation)
-    actor, phi, returns = meta.mu_actor, meta.mu_critic, []
-    for update in range(updates + 1):
-        returns.append(rollout(name, actor[None], tests, normalise).score(name, goal).returns().mean())
-        if update < updates:
-            rng = generator(EVAL, seed, index + 1, update + 1)
-            theta = actor + spread * rng.standard_normal((config.rollouts, len(actor)), np.float32)
-            starts = rng.integers(2**31, size=config.rollouts)
-            data = rollout(name, theta, starts, normalise).score(name, goal)
-            shorter = dataclasses.replace(config, actor_step=config.actor_step * config.shrink**update)
-            actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, shorter, dims, rng)
-    return np.array(returns)
+    actor, phi = meta.mu_actor, meta.mu_critic
+    yield actor
+    for update in range(updates):
+        rng = generator(EVAL, seed, index + 1, update + 1)
+        theta = actor + spread * rng.standard_normal((config.rollouts, len(actor)), np.float32)
+        starts = rng.integers(2**31, size=config.rollouts)
+        data = rollout(name, theta, starts, normalise).score(name, goal)
+        step = config.actor_step * config.shrink**update
+        actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor,
+                           dataclasses.replace(config, actor_step=step), dims, rng)
+        yield actor
+
+
+def evaluate_goal(job):
+    """Returns before and after each of U updates, EVAL_ROLLOUTS episodes each: EvalJob -> (U + 1,).
+
+    The episodes start alike for all goals and updates.
+    """
+    name, normalise = job.config.task, make_normaliser(job.meta, job.config)
+    starts = generator(EVAL, job.seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)
+    return np.array([
+        rollout(name, actor[None], starts, normalise).score(name, job.goal).returns().mean()
+        for actor in adaptations(job)])
 
 
 def meta_test(checkpoint, goals=None, updates=1, seed=0, processes=1):
@@ -1016,7 +1038,7 @@ def meta_test(checkpoint, goals=None, updates=1, seed=0, processes=1):
         return np.array(crew.map(evaluate_goal, jobs, progress_bar(len(jobs)))).T
 
 
-# ---- command line -----------------------------------------------------------------------------------
+# ---- command line ---------------------------------------------------------------------------
 
 
 def progress_bar(total):
@@ -1036,7 +1058,8 @@ def status_line(row, iterations, failed, left):
             f"explorers {row['return_explorers']:.1f} after {row['return_after']:.1f} "
             f"critic {row['critic_error']:.3g} sigma {row['sigma_actor']:.4f} "
             f"ratio {row['update_ratio']:.3f} {row['env_steps'] / 1e6:.1f}M {row['seconds']:.1f}s "
-            f"left {int(left // 3600)}:{int(left // 60 % 60):02d}" + f" failed {failed}" * bool(failed))
+            f"left {int(left // 3600)}:{int(left // 60 % 60):02d}"
+            + f" failed {failed}" * bool(failed))
 
 
 def interval(values):
@@ -1051,7 +1074,8 @@ def report_eval(path, updates, processes):
     head = "".join(f"{'after ' + str(u) if u else 'before':>18}" for u in range(updates + 1))
     print(f"{config.task:<18}{head}")
     for goal, values in sorted(zip(goals.tolist(), returns.T.tolist())):
-        print(f"goal {np.array2string(np.array(goal), precision=2):<13}" + "".join(f"{v:18.1f}" for v in values))
+        print(f"goal {np.array2string(np.array(goal), precision=2):<13}"
+              + "".join(f"{value:18.1f}" for value in values))
     groups = [("mean", np.ones(len(goals), bool))]
     if tasks.TASKS[config.task].direction:
         groups += [("forward", goals > 0), ("backward", goals < 0)]
@@ -1084,15 +1108,15 @@ class OneLineParser(argparse.ArgumentParser):
 def make_parser():
     """The command line: a flag for every field of Config, generated from it, and a few more."""
     parser = OneLineParser("esmeta.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--iterations", type=int, help="in all, also on --resume (default: the task's)")
+    parser.add_argument("--iterations", type=int, help="in all, also after --resume")
     parser.add_argument("--processes", type=int, help="worker processes (default: the cores)")
     parser.add_argument("--out", help="run directory (default runs/<task>-seed<N>)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--paper", action="store_true", help="the paper's literal form of every choice")
+    parser.add_argument("--paper", action="store_true", help="the paper's literal choices")
     parser.add_argument("--eval", metavar="PATH", help="meta-test a checkpoint or run directory")
     parser.add_argument("--updates", type=int, default=1, help="adaptations in --eval (default 1)")
-    parser.add_argument("--pool", choices=("local", "ray"), default="local", help="where workers run")
-    parser.add_argument("--ray-address", help="of a Ray cluster (default RAY_ADDRESS, or a local one)")
+    parser.add_argument("--pool", choices=("local", "ray"), default="local", help="of workers")
+    parser.add_argument("--ray-address", help="default: RAY_ADDRESS, or local")
     for field in dataclasses.fields(Config):
         kind = type(field.default)
         own = [f"{t} {s[field.name]}" for t, s in TASK_SETTINGS.items() if field.name in s]
