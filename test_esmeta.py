@@ -1,0 +1,1128 @@
+"""Tests: networks, DDPG, NES; the tasks; the system, its faults, its input; Ray.
+
+A test is worth what it catches: each group was tried on deliberately wrong versions of the code.
+"""
+import dataclasses
+import itertools
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import esmeta  # before numpy: it pins BLAS to one thread, so this process has a worker's bits
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from gymnasium.utils.seeding import np_random
+from gymnasium.vector import AutoresetMode
+from hypothesis import assume, given, settings, strategies as st
+
+import tasks
+from esmeta import Dims
+
+SEED = st.integers(0, 2**32 - 1)
+SMALL = st.builds(Dims, st.integers(1, 4), st.integers(1, 3), st.integers(2, 4))
+REAL = st.builds(Dims, st.integers(9, 30), st.integers(5, 9), st.integers(31, 100))
+quick = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+BASE = dict(task="point_goal", obs_clip=5.0, gamma=0.97, n_step=3, centre=True, actor_rule="sigma",
+            antithetic=True, utility="rank", natural=True, correlation=0.5, half_life=0.0)
+
+
+def make_config(**fields):
+    """A config that other defaults would not change."""
+    return esmeta.Config(**{**BASE, **fields})
+
+
+def make_nets(dims, seed, rows=4, dtype=np.float64):
+    """theta, phi (biases not zero), obs (rows, obs), action (rows, act) of random numbers."""
+    rng = np.random.default_rng(seed)
+    theta, phi = esmeta.actor_init(dims, rng), esmeta.critic_init(dims, rng)
+    theta, phi = (x + 0.1 * rng.standard_normal(x.shape) for x in (theta, phi))
+    obs, action = rng.standard_normal((rows, dims.obs)), rng.uniform(-1, 1, (rows, dims.act))
+    return tuple(x.astype(dtype) for x in (theta, phi, obs, action))
+
+
+def make_data(dims, seed, ends=0.15, dtype=np.float64, horizon=6, n=3):
+    """Trajectories of random numbers; a step terminates with probability `ends`."""
+    rng = np.random.default_rng([seed, 1])
+    obs, action, reward = (rng.normal(mean, 1, size).astype(dtype) for mean, size in (
+        (0, (horizon + 1, n, dims.obs)), (0, (horizon, n, dims.act)), (2, (horizon, n))))
+    terminated = rng.random((horizon, n)) < ends
+    valid = np.ones_like(terminated)
+    valid[1:] = ~np.logical_or.accumulate(terminated)[:-1]
+    return esmeta.Trajectories(obs, action, reward, terminated, valid)
+
+
+def close(a, b, tolerance=1e-7):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def numeric_gradient(f, x, steps=None):
+    """Central differences of f, which returns a value and its ReLU pattern, along x's axes."""
+    changes = []
+    for step in np.eye(x.size).reshape(-1, *x.shape) if steps is None else steps:
+        (above, pattern), (below, other) = f(x + 1e-6 * step), f(x - 1e-6 * step)
+        if not np.array_equal(pattern, other):
+            assume(False)  # a kink lies between
+        changes.append((above - below) / 2e-6)
+    return np.reshape(changes, x.shape if steps is None else -1)
+
+
+def check_gradient(gradient, f, x):
+    """Each coordinate where they are few, else one random direction."""
+    if x.size < 200:
+        return close(gradient, numeric_gradient(f, x))
+    v = np.random.default_rng(x.size).standard_normal((1, *x.shape))
+    return close([np.sum(gradient * v)], numeric_gradient(f, x, v), 1e-6)
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+
+def split(flat, *shapes):
+    cuts = np.cumsum([math.prod(shape) for shape in shapes])
+    assert cuts[-1] == len(flat)
+    return [part.reshape(shape) for part, shape in zip(np.split(flat, cuts), shapes)]
+
+
+def plain_actor(theta, obs, dims):
+    """The actor written down a second time: action (B, act), ReLU pattern."""
+    o, a, h = dims
+    w1, b1, w2, b2, w3, b3 = split(theta, (o, h), (h,), (h, h), (h,), (h, a), (a,))
+    z1 = obs @ w1 + b1
+    z2 = np.where(z1 > 0, z1, 0) @ w2 + b2
+    return np.tanh(np.where(z2 > 0, z2, 0) @ w3 + b3), np.hstack([z1, z2]) > 0
+
+
+def plain_critic(phi, obs, action, dims):
+    """The critic a second time, v2 joins the action at layer 2: q (B,), ReLU pattern."""
+    o, a, h = dims
+    w1, b1, w2, v2, b2, w3, b3 = split(phi, (o, h), (h,), (h, h), (a, h), (h,), (h,), (1,))
+    z1 = obs @ w1 + b1
+    z2 = np.where(z1 > 0, z1, 0) @ w2 + action @ v2 + b2
+    return np.where(z2 > 0, z2, 0) @ w3 + b3[0], np.hstack([z1, z2]) > 0
+
+
+@quick
+@given(SMALL | REAL, SEED)
+def test_forwards_and_backwards(dims, seed):
+    theta, phi, obs, action = make_nets(dims, seed)
+    rng = np.random.default_rng(seed)
+    d_action, d_q = rng.standard_normal(action.shape), rng.standard_normal(len(obs))
+
+    def actor_score(theta):
+        out, pattern = plain_actor(theta, obs, dims)
+        return np.sum(d_action * out), pattern
+
+    def critic_score(phi, action):
+        q, pattern = plain_critic(phi, obs, action, dims)
+        return d_q @ q, pattern
+
+    out, cache = esmeta.actor_forward(theta, obs, dims)
+    close(out, plain_actor(theta, obs, dims)[0], 1e-12)
+    d_theta, again = (esmeta.actor_backward(d_action, cache) for _ in range(2))
+    check_gradient(d_theta, actor_score, theta)
+    assert not np.may_share_memory(d_theta, again)  # fresh arrays
+    q, cache = esmeta.critic_forward(phi, obs, action, dims)
+    close(q, plain_critic(phi, obs, action, dims)[0], 1e-12)
+    (d_phi, d_a), again = (esmeta.critic_backward(d_q, cache) for _ in range(2))
+    assert not any(map(np.may_share_memory, (d_phi, d_a), again))
+    check_gradient(d_phi, lambda x: critic_score(x, action), phi)
+    check_gradient(d_a, lambda x: critic_score(phi, x), action)
+
+
+@quick
+@given(SMALL, SEED, st.integers(1, 4), st.integers(1, 3))
+def test_many_actors_at_once_equal_single_ones(dims, seed, k, rows):
+    rng = np.random.default_rng(seed)
+    theta = rng.standard_normal((k, esmeta.actor_size(dims)))
+    obs = rng.standard_normal((k, rows, dims.obs))
+    singles = np.stack([plain_actor(*pair, dims)[0] for pair in zip(theta, obs)])
+    close(esmeta.actor_forward(theta, obs, dims)[0], singles, 1e-12)
+    policy = esmeta.make_policy(theta, rows, dims)
+    for _ in range(2):  # its arrays are reused
+        close(policy(obs.reshape(-1, dims.obs)), singles.reshape(-1, dims.act), 1e-12)
+
+
+def test_sizes_xavier_weights_and_zero_biases():
+    # the sizes do not tell where the action joins, test_forwards_and_backwards does
+    assert esmeta.actor_size(Dims(20, 6)) == 12806 and esmeta.critic_size(Dims(20, 6)) == 12901
+    o, a, h = dims = Dims(50, 30, 40)
+    for init, size, shapes in (
+            (esmeta.actor_init, esmeta.actor_size, ((o, h), (h,), (h, h), (h,), (h, a), (a,))),
+            (esmeta.critic_init, esmeta.critic_size,
+             ((o, h), (h,), (h + a, h), (h,), (h, 1), (1,)))):
+        flat = init(dims, np.random.default_rng(0))
+        assert flat.shape == (size(dims),)
+        layers = split(flat, *shapes)
+        for weights, bias in zip(layers[::2], layers[1::2]):
+            bound = math.sqrt(6 / sum(weights.shape))
+            assert 0.9 * bound < np.abs(weights).max() <= bound and not bias.any()
+            assert abs(weights.mean()) < 5 * bound / math.sqrt(3 * weights.size)
+
+
+def arrays(tree):
+    """Every array and NumPy scalar in nested tuples and lists."""
+    if isinstance(tree, (tuple, list)):
+        return [leaf for branch in tree for leaf in arrays(branch)]
+    return [tree] if isinstance(tree, (np.ndarray, np.generic)) else []
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64)], ids=str)
+@pytest.mark.parametrize("rule", ["sigma", "sgd"])
+def test_formulas_keep_the_dtype_and_their_arguments(monkeypatch, dtype, rule):
+    """Every call inside adapt, critic_error and ascend; a silent promotion costs but time."""
+    calls = set()
+
+    def strict(name, function):
+        def checked(*args):
+            before = [array.copy() for array in arrays(args)]
+            out = function(*args)
+            calls.add(name)
+            assert {a.dtype for a in arrays([args, out]) if a.dtype.kind == "f"} <= {dtype}, name
+            if name not in ("adam_step", "fit_critic"):  # these move Adam in place
+                assert all(map(np.array_equal, before, arrays(args))), name
+            if not name.endswith("forward"):  # a cache refers to the arguments
+                pairs = itertools.product(arrays(out), arrays(args))
+                assert not any(itertools.starmap(np.may_share_memory, pairs)), name
+            return out
+        return checked
+
+    names = ["actor_forward", "actor_backward", "critic_forward", "critic_backward",
+             "critic_hidden_gradients", "nstep_targets", "critic_targets", "fit_critic",
+             "policy_gradient", "step_actor", "adapt", "summed_gradient", "natural_gradient"]
+    for name in names:
+        monkeypatch.setattr(esmeta, name, strict(name, getattr(esmeta, name)))
+    monkeypatch.setattr(esmeta, "adam_step", strict("adam_step", esmeta.adam_step))
+    dims, config = Dims(3, 2, 4), make_config(cycles=2, critic_updates=2, actor_rule=rule)
+    theta, phi, _, _ = make_nets(dims, 0, dtype=dtype)
+    data, sigma = make_data(dims, 0, dtype=dtype), np.full_like(theta, 0.1)
+    theta, phi = esmeta.adapt(theta, phi, data, sigma, config, dims, np.random.default_rng(0))
+    assert math.isfinite(esmeta.critic_error(theta, phi, data, data.reward[0, 0], config, dims))
+    eps = np.random.default_rng(0).standard_normal((4, len(theta)), dtype)
+    new = esmeta.ascend(theta, sigma, eps, eps**2, np.arange(4.0), 1, 0.0, 1.0, 1.0, config)
+    assert [part.dtype for part in new] == [dtype, dtype]
+    assert calls == {*names, "adam_step"}
+
+
+# ---- DDPG ----------------------------------------------------------------------------------------
+
+
+def plain_targets(reward, terminated, value, gamma, n):
+    """n-step targets by their definition: the horizon bootstraps, a termination does not."""
+    y = np.zeros(reward.shape)
+    for t, i in np.ndindex(y.shape):
+        for step in range(n + 1):
+            if step == n or t + step == len(reward):  # n rewards or the horizon: bootstrap
+                y[t, i] += gamma**step * value[t + step, i]
+                break
+            y[t, i] += gamma**step * reward[t + step, i]
+            if terminated[t + step, i]:
+                break
+    return y
+
+
+@quick
+@given(SEED, st.integers(1, 7), st.integers(1, 9), st.sampled_from([0.0, 0.5, 0.97]),
+       st.sampled_from([0.0, 0.2, 1.0]))
+def test_nstep_targets_equal_a_plain_loop(seed, horizon, n, gamma, ends):
+    rng = np.random.default_rng(seed)
+    args = rng.normal(size=(horizon, 2)), rng.random((horizon, 2)) < ends, rng.normal(
+        size=(horizon + 1, 2)), gamma, n
+    close(esmeta.nstep_targets(*args), plain_targets(*args), 1e-12)
+
+
+@quick
+@given(SEED, st.sampled_from([1, 3, 30]), st.sampled_from([0.0, 0.3]), st.booleans())
+def test_critic_error_and_targets_equal_plain_loops(seed, n, ends, centre):
+    """Centring moves Q by b = mean / (1 - gamma), wherever a target ends, and nothing else."""
+    dims, config = Dims(3, 2, 4), make_config(n_step=n, centre=centre, gamma=0.9)
+    theta, phi, _, _ = make_nets(dims, seed)
+    data = make_data(dims, seed, ends)
+    value = np.stack([plain_critic(phi, s, plain_actor(theta, s, dims)[0], dims)[0]
+                      for s in data.obs])
+    b = data.reward[data.valid].mean() / (1 - 0.9) if centre else 0.0
+    target = plain_targets(data.reward, data.terminated, value + b, 0.9, n) - b
+    close(esmeta.critic_targets(
+        theta, phi, data, esmeta.mean_reward(data, config), config, dims)[data.valid], target[data.valid])
+    if centre and not ends:  # a constant reward is forgotten, where it cannot be lost by an end
+        more = data._replace(reward=data.reward + 7)
+        close(esmeta.critic_targets(
+            theta, phi, more, esmeta.mean_reward(more, config), config, dims), target)
+    errors = [(plain_critic(phi, data.obs[t, i : i + 1], data.action[t, i : i + 1], dims)[0][0]
+               - target[t, i]) ** 2 for t, i in np.argwhere(data.valid)]
+    offset = esmeta.mean_reward(data, config)
+    close(esmeta.critic_error(theta, phi, data, offset, config, dims), np.mean(errors))
+    close(data.part(1, 3).returns(), np.where(data.valid, data.reward, 0).sum(axis=0)[1:])
+
+
+def test_adam_equals_the_published_algorithm():
+    rng, m, v = np.random.default_rng(0), 0, 0
+    moments, expected = np.zeros((2, 6)), rng.standard_normal(6)
+    weights = expected.copy()
+    gradients = rng.standard_normal((9, 6)) * 10.0 ** np.arange(-9, 3, 2)  # its eps counts or not
+    for t, g in enumerate(gradients, start=1):
+        esmeta.adam_step(weights, g, *moments, t, 0.1)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        expected = expected - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        close(weights, expected, 1e-12)
+
+
+@quick
+@given(SMALL, SEED)
+def test_fit_critic_descends_the_semi_gradient(dims, seed):
+    theta, phi, _, _ = make_nets(dims, seed)
+    data, config = make_data(dims, seed, ends=0), make_config(n_step=1, gamma=0.9, centre=False)
+    obs, action = data.obs[:-1][data.valid], data.action[data.valid]
+    rows = np.random.default_rng(seed).integers(len(obs), size=(2, 5))
+
+    def targets(x):
+        return esmeta.critic_targets(theta, x, data, 0.0, config, dims)[data.valid]
+
+    def loss(x, batch, y):
+        q, pattern = plain_critic(x, obs[batch], action[batch], dims)
+        return np.mean((q - y[batch]) ** 2), pattern
+
+    def plain_step(weights, gradient, m, v, t, lr):  # Adam would hide the gradient's scale
+        weights -= lr * t * gradient
+
+    y, expected, gradients = targets(phi), phi, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(esmeta, "adam_step", plain_step)
+        fitted = esmeta.fit_critic(phi, obs, action, y, rows, 0.01, dims)
+    for t, batch in enumerate(rows, start=1):  # y stays as it was before the first step
+        gradients.append(numeric_gradient(lambda x: loss(x, batch, y), expected))
+        expected = expected - 0.01 * t * gradients[-1]
+    close(fitted, expected)
+    through_y = numeric_gradient(lambda x: loss(x, rows[0], targets(x)), phi)
+    assert not np.allclose(through_y, gradients[0], rtol=0.01)  # the check tells them apart
+
+
+@quick
+@given(SMALL | REAL, SEED)
+def test_policy_gradient_is_that_of_the_mean_q(dims, seed):  # Eq. 3
+    theta, phi, obs, _ = make_nets(dims, seed)
+
+    def mean_q(theta):
+        action, pattern = plain_actor(theta, obs, dims)
+        q, other = plain_critic(phi, obs, action, dims)
+        return q.mean(), np.hstack([pattern, other])
+
+    check_gradient(esmeta.policy_gradient(theta, phi, obs, dims), mean_q, theta)
+
+
+def test_actor_step():
+    rng = np.random.default_rng(0)
+    theta, gradient, sigma = rng.normal(size=9), rng.normal(size=9), rng.uniform(0.1, 2, 9)
+    config, sgd = make_config(actor_step=2.5), make_config(actor_rule="sgd", actor_step=0.1)
+    step = esmeta.step_actor(theta, gradient, sigma, config) - theta
+    assert np.linalg.norm(step / sigma) == pytest.approx(2.5)  # sigmas
+    ratio = step / (sigma**2 * gradient)
+    assert ratio[0] > 0 and np.allclose(ratio, ratio[0])
+    assert np.array_equal(esmeta.step_actor(theta, 0 * gradient, sigma, config), theta)
+    close(esmeta.step_actor(theta, gradient, sigma, sgd), theta + 0.1 * gradient, 1e-12)
+
+
+@pytest.mark.parametrize("rule", ["sigma", "sgd"])
+@pytest.mark.parametrize("tau", [0.0, 0.3, 1.0])
+def test_two_cycles_of_adapt_by_hand(rule, tau):
+    dims, rng = Dims(3, 2, 4), np.random.default_rng(2)
+    config = make_config(cycles=2, critic_updates=3, critic_batch=5, actor_batch=4, actor_rule=rule,
+                         actor_step=0.5, critic_lr=0.05, target_tau=tau, n_step=2)
+    theta, phi, _, _ = old = make_nets(dims, 0)
+    data, sigma = make_data(dims, 0, 0.1), np.random.default_rng(1).uniform(0.1, 0.3, len(theta))
+    obs, action, followed = data.obs[:-1][data.valid], data.action[data.valid], old[:2]
+    centre, adam = esmeta.mean_reward(data, config), np.zeros((2, len(phi)))
+    for cycle in range(2):
+        y = esmeta.critic_targets(*followed, data, centre, config, dims)[data.valid]
+        rows = rng.integers(len(obs), size=(3, 5))
+        phi = esmeta.fit_critic(phi, obs, action, y, rows, 0.05, dims, adam, 3 * cycle)
+        states = obs[rng.integers(len(obs), size=4)]
+        gradient = esmeta.policy_gradient(theta, phi, states, dims)
+        theta = esmeta.step_actor(theta, gradient, sigma, config)
+        followed = {0.0: old[:2], 1.0: (theta, phi),
+                    0.3: (0.7 * old[0] + 0.3 * theta, 0.7 * old[1] + 0.3 * phi)}[tau]
+    adapted = esmeta.adapt(*old[:2], data, sigma, config, dims, np.random.default_rng(2))
+    close(adapted[0], theta, 1e-10)
+    close(adapted[1], phi, 1e-10)
+
+
+# ---- NES -----------------------------------------------------------------------------------------
+
+
+def log_normal(theta, mu, sigma, rho=0.0):
+    """log N(theta (K, P); mu, sigma^2 R), R correlating the K rows by rho, by numpy.linalg."""
+    total = 0.0
+    for x, s in zip((theta - mu).T, sigma):
+        cov = s**2 * ((1 - rho) * np.eye(len(x)) + rho)
+        total -= 0.5 * (x @ np.linalg.solve(cov, x) + np.linalg.slogdet(2 * np.pi * cov)[1])
+    return total
+
+
+def numeric_eq10(theta, fitness, mu, sigma, rho=0.0):
+    """Central differences of (1/M) sum_i F_i log N(theta_i; mu, sigma) in mu and in sigma."""
+    def objective(mu, sigma):
+        return np.mean([f * log_normal(x, mu, sigma, rho) for f, x in zip(fitness, theta)]), None
+    return (numeric_gradient(lambda x: objective(x, sigma), mu),
+            numeric_gradient(lambda x: objective(mu, x), sigma))
+
+
+def make_population(seed, m, k, p):
+    """theta (M, K, P), fitness (M,), mu, sigma (P,)."""
+    rng = np.random.default_rng(seed)
+    mu, sigma = rng.normal(size=p), rng.uniform(0.3, 2.0, p)
+    return mu + sigma * rng.standard_normal((m, k, p)), rng.normal(1, 1, m), mu, sigma
+
+
+def is_eq10(gradient, population):
+    return np.allclose(gradient(*population), numeric_eq10(*population), rtol=1e-6, atol=1e-6)
+
+
+@quick
+@given(SEED, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_log_density_and_eq10(seed, m, k, p):
+    theta, _, mu, sigma = population = make_population(seed, m, k, p)
+    assert esmeta.log_density(theta, mu, sigma).shape == (m, k)
+    close(esmeta.log_density(theta, mu, sigma).sum(axis=1),
+          [log_normal(x, mu, sigma) for x in theta], 1e-10)
+    assert is_eq10(esmeta.nes_gradient, population)
+
+
+def right_mu(d, F, s):
+    return F @ np.sum(d / s**2, axis=1) / len(F)
+
+
+def right_sigma(d, F, s):
+    return F @ np.sum((d**2 - s**2) / s**3, axis=1) / len(F)
+
+
+RIGHT = right_mu, right_sigma
+WRONG = {  # d = theta - mu (M, K, P), F (M,), s = sigma (P,) -> d_mu, d_sigma
+    "missing 1/M": lambda d, F, s: [g(d, F, s) * len(F) for g in RIGHT],
+    "1/(MK)": lambda d, F, s: [g(d, F, s) / d.shape[1] for g in RIGHT],
+    "mean over j": lambda d, F, s: [
+        F @ np.mean(x, axis=1) / len(F) for x in (d / s**2, (d**2 - s**2) / s**3)],
+    "mu / sigma": lambda d, F, s: [F @ np.sum(d / s, axis=1) / len(F), right_sigma(d, F, s)],
+    "mu of PGPE": lambda d, F, s: [F @ np.sum(d, axis=1) / len(F), right_sigma(d, F, s)],
+    "sigma / sigma^2": lambda d, F, s: [
+        right_mu(d, F, s), F @ np.sum((d**2 - s**2) / s**2, axis=1) / len(F)],
+    "sigma of PGPE": lambda d, F, s: [
+        right_mu(d, F, s), F @ np.sum((d**2 - s**2) / s, axis=1) / len(F)],
+    "d^2 - sigma": lambda d, F, s: [
+        right_mu(d, F, s), F @ np.sum((d**2 - s) / s**3, axis=1) / len(F)],
+    "(sum_j d)^2": lambda d, F, s: [
+        right_mu(d, F, s), F @ ((np.sum(d, axis=1) ** 2 - s**2) / s**3) / len(F)],
+    "sigma by theta_bar": lambda d, F, s: [
+        right_mu(d, F, s), right_sigma(np.mean(d, axis=1, keepdims=True), F, s)],
+    "sign of sigma": lambda d, F, s: [right_mu(d, F, s), -right_sigma(d, F, s)],
+    "centred on the sample": lambda d, F, s: [g(d - d.mean((0, 1)), F, s) for g in RIGHT],
+    "centred on theta_bar": lambda d, F, s: [
+        g(d - d.mean(axis=1, keepdims=True), F, s) for g in RIGHT],
+}
+
+
+@pytest.mark.parametrize("name", ["right", *WRONG])
+def test_thirteen_wrong_versions_of_eq10_fail_the_check(name):
+    assert len(WRONG) == 13
+    version = WRONG.get(name, lambda d, F, s: [g(d, F, s) for g in RIGHT])
+    for seed in range(3):
+        population = make_population(seed, 3, 2, 2)
+        verdict = is_eq10(lambda theta, F, mu, sigma: version(theta - mu, F, sigma), population)
+        assert verdict == (name == "right")
+
+
+def hermite_grid(k, p, rho=0.0):
+    """eps (M, K, P) and weights (M,): sums w f(eps) are exact E f(eps), polynomials to degree 5."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(3)
+    grid = np.array(list(itertools.product(nodes, repeat=k * p))).reshape(-1, k, p)
+    w = np.array([math.prod(row) for row in itertools.product(weights, repeat=k * p)])
+    return np.linalg.cholesky((1 - rho) * np.eye(k) + rho) @ grid, w / w.sum()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_eq10_has_the_exact_expectation(k):
+    mu, sigma, a = np.array([0.3, -1.2]), np.array([0.5, 1.7]), np.array([2.0, -0.7])
+    eps, w = hermite_grid(k, 2)
+    bar = (mu + sigma * eps).mean(axis=1)  # E a . theta_bar^2 = a . (mu^2 + sigma^2 / K)
+    for f, g_mu, g_sigma in ((bar**2 @ a, 2 * a * mu, 2 * a * sigma / k), (bar @ a, a, 0 * a)):
+        F = len(w) * w * f
+        close(esmeta.nes_gradient(mu + sigma * eps, F, mu, sigma), (g_mu, g_sigma), 1e-12)
+
+
+@quick
+@given(SEED, st.integers(1, 3), st.integers(1, 3), st.sampled_from([0.0, 0.3, 0.8]))
+def test_summed_gradient_is_eq10_of_correlated_actors(seed, m, k, rho):
+    theta, u_mu, mu, sigma = make_population(seed, m, k, 2)
+    u_sigma = np.random.default_rng(seed).normal(size=m)
+    eps = (theta - mu) / sigma
+    fast = esmeta.summed_gradient(eps.sum(1), (eps**2).sum(1), u_mu, u_sigma, sigma, k, rho)
+    for i, u in enumerate((u_mu, u_sigma)):
+        close(fast[i], numeric_eq10(theta, u, mu, sigma, rho)[i], 1e-6)
+        if rho == 0:
+            close(fast[i], esmeta.nes_gradient(theta, u, mu, sigma)[i], 1e-10)
+
+
+@pytest.mark.parametrize("k, rho", [(1, 0.0), (2, 0.0), (2, 0.6), (3, 0.5)])
+def test_natural_gradient_divides_by_the_fisher_matrix(k, rho):
+    sigma, one, (eps, w) = np.array([0.7]), np.ones(1), hermite_grid(k, 1, rho)
+    score_mu, score_sigma = np.transpose([esmeta.summed_gradient(
+        e.sum(0)[None], (e**2).sum(0)[None], one, one, sigma, k, rho) for e in eps])[0]
+    score_log_sigma = score_sigma * sigma
+    close([w @ score_mu, w @ score_log_sigma, w @ (score_mu * score_log_sigma)], 0)  # diagonal
+    close(esmeta.natural_gradient(score_mu, score_sigma, sigma, k, rho),
+          (score_mu / (w @ score_mu**2), score_log_sigma / (w @ score_log_sigma**2)), 1e-10)
+
+
+def test_pgpe_is_eq10_times_sigma_squared():
+    """PGPE codes add F d to mu, F (d^2 - sigma^2) / sigma to sigma: without Eq. 10's 1/sigma^2."""
+    theta, F, mu, sigma = make_population(0, 4, 3, 2)
+    d_mu, d_sigma = esmeta.nes_gradient(theta, F, mu, sigma)
+    pgpe_mu, _ = WRONG["mu of PGPE"](theta - mu, F, sigma)
+    _, pgpe_sigma = WRONG["sigma of PGPE"](theta - mu, F, sigma)
+    close((pgpe_mu, pgpe_sigma), (sigma**2 * d_mu, sigma**2 * d_sigma), 1e-12)
+    close(esmeta.natural_gradient(d_mu, d_sigma, sigma, 3),  # that is PGPE, but for constants
+          (pgpe_mu / 3, pgpe_sigma / sigma / (2 * 3)), 1e-12)
+
+
+def plain_ranks(values):
+    return np.array([np.sum(values < x) + (np.sum(values == x) - 1) / 2 for x in values])
+
+
+@quick
+@given(st.lists(st.sampled_from([-2.5, -1.0, 0.0, 0.5, 3.0, 1e6]), min_size=1, max_size=9))
+def test_ranks_share_ties(values):
+    values, last = np.array(values), len(values) - 1
+    close(esmeta.ranks(values), plain_ranks(values), 1e-12)
+    centred = esmeta.centred_ranks(values)
+    close(centred, plain_ranks(values) / last - 0.5 if last else [0.0], 1e-12)
+    assert np.abs(centred).max() <= 0.5 and not esmeta.centred_ranks(0 * values).any()
+
+
+@quick
+@given(SEED, st.integers(1, 6))
+def test_pair_utilities(seed, pairs):
+    rng = np.random.default_rng(seed)
+    fitness = rng.integers(-4, 5, 2 * pairs).astype(float)
+    gap = fitness[::2] - fitness[1::2]
+    half = np.sign(gap) * (plain_ranks(np.abs(gap)) + 1) / (2 * pairs)
+    u = esmeta.pair_utilities(fitness)
+    close(u.reshape(-1, 2).T, (half, -half), 1e-12)
+    moved = fitness + np.repeat(rng.integers(-90, 90, pairs), 2)  # how hard a pair's goal is
+    assert np.array_equal(esmeta.pair_utilities(moved), u)
+
+
+def test_utilities():
+    fitness = np.array([3.0, np.nan, -5.0, 1.0, np.inf, -np.inf])  # what broke ranks last
+    u = esmeta.utilities(fitness, make_config(antithetic=False))
+    close(u, [np.array([5, 1, 3, 4, 1, 1]) / 5 - 0.5] * 2)
+    u_mu, u_sigma = esmeta.utilities(fitness, make_config())
+    close(u_mu, np.array([3, -3, -2, 2, 0, 0]) / 6)
+    close(u_sigma, [0.5, 0.5, 0, 0, -0.5, -0.5])  # pairs by their means
+    raw = esmeta.utilities(fitness, make_config(utility="raw"))
+    assert np.array_equal(raw, [[3, -6, -5, 1, -6, -6]] * 2)
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_ascend_is_one_sgd_step(natural, rho=0.5):
+    theta, _, mu, sigma = make_population(0, 4, 3, 5)
+    eps, fitness = (theta - mu) / sigma, np.array([3.0, -1.0, 0.5, 2.0])
+    config, sums = make_config(natural=natural, utility="raw"), (eps.sum(1), (eps**2).sum(1))
+    d_mu, d_sigma = esmeta.summed_gradient(*sums, fitness, fitness, sigma, 3, rho)
+    expected = sigma + 1e-3 * d_sigma
+    if natural:
+        d_mu, d_log_sigma = esmeta.natural_gradient(d_mu, d_sigma, sigma, 3, rho)
+        expected = sigma * np.exp(1e-3 * d_log_sigma)
+    new_mu, new_sigma = esmeta.ascend(mu, sigma, *sums, fitness, 3, rho, 0.1, 1e-3, config)
+    close(new_mu, mu + 0.1 * d_mu, 1e-6)
+    close(new_sigma, np.clip(expected, 1e-5, 1.0), 1e-6)
+    for rate in 1e6, -1e6:
+        _, far = esmeta.ascend(mu, sigma, *sums, fitness, 3, rho, 0.1, rate, config)
+        assert np.all(far > 0) and np.all(far <= 1.0)
+        if natural:  # a tenth at most
+            limit = sigma * np.exp(0.1 * np.sign(rate * d_log_sigma))
+            close(far, np.clip(limit, 1e-5, 1.0), 1e-6)
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("a, goal, lr_mu", [(-1, 0.3, 3.0), (-1, 0.0, 0.0), (1, 0.0, 0.0)])
+def test_ascend_climbs_and_learns_sigma(antithetic, a, goal, lr_mu):
+    """f = a |theta_bar - goal|^2: mu goes to the top; there sigma falls, and grows in a valley."""
+    rng, config = np.random.default_rng(0), make_config(antithetic=antithetic)
+    mu, sigma = np.zeros(4), np.full(4, 0.1)
+    for _ in range(60):
+        eps = rng.standard_normal((32, 2, 4))
+        eps[1::2] = -eps[::2] if antithetic else eps[1::2]
+        f = a * np.sum((mu + sigma * eps.mean(axis=1) - goal) ** 2, axis=1)
+        mu, sigma = esmeta.ascend(
+            mu, sigma, eps.sum(1), (eps**2).sum(1), f, 2, 0.0, lr_mu, 1.0, config)
+    if lr_mu:
+        assert np.linalg.norm(mu - goal) < 0.1 * np.linalg.norm(np.full(4, goal))
+    else:
+        assert not mu.any() and np.all(a * (sigma - 0.1) > 0.01)
+
+
+def test_update_distribution_has_four_learning_rates():
+    rng, config = np.random.default_rng(0), make_config(
+        rollouts=3, lr_mu_actor=1.0, lr_sigma_actor=0.2, lr_mu_critic=3.0, lr_sigma_critic=0.4)
+    eps, eps_critic = rng.standard_normal((6, 3, 5)), rng.standard_normal((6, 4))
+    F_actor, F_critic = rng.standard_normal((2, 6))
+    actor, critic = (rng.normal(size=5), np.full(5, 0.2)), (rng.normal(size=4), np.full(4, 0.3))
+    meta = esmeta.MetaState(*actor, *critic, 0.0, 0, 0, iteration=7, env_steps=0)
+    results = [esmeta.Result(*f, 0, 0, 0, 0, (e.sum(0), (e**2).sum(0), e_critic), ())
+               for *f, e, e_critic in zip(F_actor, F_critic, eps, eps_critic)]
+    expected = (
+        *esmeta.ascend(*actor, eps.sum(1), (eps**2).sum(1), F_actor, 3, 0.5, 1.0, 0.2, config),
+        *esmeta.ascend(*critic, eps_critic, eps_critic**2, F_critic, 1, 0.0, 3.0, 0.4, config))
+    new, ratio = esmeta.update_distribution(meta, results, config)
+    assert all(map(np.array_equal, new[:4], expected)) and new[4:] == meta[4:]
+    close(ratio, np.linalg.norm(expected[0] - actor[0]) / np.linalg.norm(actor[0]))
+    later, _ = esmeta.update_distribution(
+        meta, results, dataclasses.replace(config, half_life=3.5))  # two of them
+    close(later.mu_actor - meta.mu_actor, (new.mu_actor - meta.mu_actor) / 4)
+    close(later.mu_critic - meta.mu_critic, (new.mu_critic - meta.mu_critic) / 4)
+    assert np.array_equal(later.sigma_actor, new.sigma_actor)
+
+
+# ---- noise and observations ----------------------------------------------------------------------
+
+
+def test_noise_comes_from_its_key():
+    dims, config = Dims(3, 2, 5), make_config(rollouts=4)
+    eps, eps_critic = esmeta.sample_noise(config, 3, 6, dims)
+    assert eps.shape == (4, esmeta.actor_size(dims)) and eps.dtype == np.float32
+    assert eps_critic.shape == (esmeta.critic_size(dims),) and eps_critic.dtype == np.float32
+    for worker, sign in (6, 1), (7, -1):  # the same bits again; opposite in a pair
+        again = esmeta.sample_noise(config, 3, worker, dims)
+        assert np.array_equal(sign * again[0], eps) and np.array_equal(sign * again[1], eps_critic)
+    alone = dataclasses.replace(config, antithetic=False)
+    seeded = dataclasses.replace(config, seed=1)
+    for key in (config, 4, 6), (config, 3, 8), (config, 3, 5), (seeded, 3, 6):
+        assert not np.isin(np.abs(esmeta.sample_noise(*key, dims)[0]), np.abs(eps)).any()
+    one, other = (esmeta.sample_noise(alone, 3, i, dims)[0] for i in (6, 7))
+    assert not np.isin(np.abs(one), np.abs(other)).any()
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_noise_is_standard_normal_correlated_by_rho(rho):
+    config = make_config(rollouts=3, correlation=rho)
+    eps, eps_critic = esmeta.sample_noise(config, 0, 0, Dims(9, 4))
+    close(np.cov(eps), (1 - rho) * np.eye(3) + rho, 0.06)
+    close([eps.mean(), eps_critic.mean(), eps_critic.std()], [0, 0, 1], 0.06)
+
+
+@quick
+@given(SEED, st.integers(1, 6), st.integers(1, 6))
+def test_merged_moments_are_those_of_all_rows(seed, n_a, n_b):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(5, 1, (n_a, 3)), rng.normal(-2, 3, (n_b, 3))
+    none = 0.0, np.zeros(3), np.zeros(3)
+    n, mean, m2 = esmeta.merge_moments(
+        esmeta.merge_moments(none, esmeta.moments(a)), esmeta.moments(b))
+    rows = np.vstack([a, b])
+    assert n == len(rows)
+    close((mean, m2 / n), (rows.mean(axis=0), rows.var(axis=0)), 1e-10)
+
+
+def test_normaliser():
+    rng = np.random.default_rng(0)
+    rows, obs = rng.normal(4, 3, (50, 2)), rng.normal(4, 30, (20, 2))
+    meta = esmeta.MetaState(*[None] * 4, *esmeta.moments(rows), 0, 0)
+    before, z = obs.copy(), (obs - rows.mean(axis=0)) / rows.std(axis=0)
+    close(esmeta.make_normaliser(meta, make_config(obs_clip=2.0))(obs), np.clip(z, -2, 2))
+    assert z.min() < -2 and z.max() > 2 and np.array_equal(obs, before)
+    for raw in ((meta, make_config(obs_clip=0.0)), (meta._replace(obs_count=0.0), make_config())):
+        assert np.array_equal(esmeta.make_normaliser(*raw)(obs), obs)
+
+
+# ---- tasks -------------------------------------------------------------------------------------
+
+MUJOCO_TASKS = ["cheetah_vel", "cheetah_dir", "ant_vel", "ant_dir"]
+ASSETS = pathlib.Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+
+
+@pytest.fixture(autouse=True)
+def mujoco_log_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MUJOCO_LOG.TXT lands in the working directory
+
+
+def some_actions(name, steps, num_envs, seed=0, scale=1.5):
+    """Random actions, a third of them outside [-1, 1]."""
+    shape = (steps, num_envs, tasks.TASKS[name].act)
+    return np.random.default_rng(seed).uniform(-scale, scale, shape)
+
+
+def play(envs, actions, **reset):
+    """All that an environment returns over one episode, as one flat list of arrays."""
+    obs, info = envs.reset(**reset)
+    seen = [obs, *info.values()]
+    for action in actions:
+        obs, reward, terminated, truncated, info = envs.step(action)
+        seen += [obs, reward, terminated, truncated, *info.values()]
+    return seen
+
+
+def assert_same_bits(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second):
+        np.testing.assert_array_equal(a, b, strict=True)
+
+
+def reference_model(name):
+    """MAML's model once more, here by editing the text of the file."""
+    if name.startswith("cheetah"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return mujoco.MjModel.from_xml_path(str(ASSETS / "half_cheetah.xml"))
+    text = (ASSETS / "ant.xml").read_text()
+    for old, new in (('timestep="0.01"', 'timestep="0.02"'),
+                     ('<geom conaffinity="0"',
+                      '<geom solref=".02 1" solimp=".8 .8 .01" conaffinity="0"')):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    return mujoco.MjModel.from_xml_string(text)
+
+
+def reference_step(model, data, name, action, goal):
+    """One step of tasks.md's text on a plain MjData: -> obs, reward, terminated, x velocity."""
+    a = [min(1.0, max(-1.0, float(x))) for x in action]
+    data.ctrl[:] = a
+    mujoco.mj_step(model, data)
+    mujoco.mj_forward(model, data)
+    mujoco.mj_subtreeVel(model, data)
+    mujoco.mj_rnePostConstraint(model, data)
+    torso = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, "torso")
+    v, com = data.subtree_linvel[torso][0], data.subtree_com[torso]
+    effort = sum(x * x for x in a)
+    if name.startswith("cheetah"):
+        obs = [*data.qpos[1:], *data.qvel, *com]
+        cost, bonus, terminated = 0.05 * effort, 0.0, False
+    else:
+        force = [min(1.0, max(-1.0, x)) for x in data.cfrc_ext.ravel().tolist()]
+        obs = [*data.qpos, *data.qvel, *force, *data.xmat[torso], *com]
+        cost = 0.005 * effort + 0.5 * 1e-3 * sum(x * x for x in force)
+        bonus = 0.05
+        terminated = not 0.2 <= data.qpos[2] <= 1.0
+    if name.endswith("dir"):
+        reward = goal * v - cost + bonus
+    else:
+        reward = -abs(v - goal) - cost + bonus + (1.0 if name == "ant_vel" else 0.0)
+    return np.array(obs), reward, terminated, v
+
+
+@pytest.mark.parametrize("name", MUJOCO_TASKS)
+def test_tasks_equal_an_independent_loop_over_plain_mjdata(name):
+    num_envs, model = 3, reference_model(name)
+    goals = np.array([-1.0, 1.0, 1.0]) if name.endswith("dir") else np.array([0.1, 1.0, 1.9])
+    envs = tasks.make_vec(name, num_envs)
+    _, info = envs.reset(seed=7, options={"goal": goals})
+    datas = [mujoco.MjData(model) for _ in range(num_envs)]
+    for data, qpos, qvel in zip(datas, info["qpos"], info["qvel"]):
+        data.qpos[:], data.qvel[:] = qpos, qvel
+        mujoco.mj_forward(model, data)
+    forces = 0.0
+    for action in some_actions(name, 200, num_envs):
+        obs, reward, terminated, _, info = envs.step(action)
+        for i, data in enumerate(datas):
+            expected = reference_step(model, data, name, action[i], goals[i])
+            np.testing.assert_allclose(obs[i], expected[0], rtol=0, atol=1e-12)
+            assert abs(reward[i] - expected[1]) <= 1e-12
+            assert terminated[i] == expected[2]
+            assert abs(info["x_velocity"][i] - expected[3]) <= 1e-12
+            forces = max(forces, np.abs(data.cfrc_ext).max())
+    assert forces > 1.0  # the reference's own forces, so that the test cannot compare zeros
+
+
+def test_tasks_ant_feels_the_ground():
+    envs = tasks.make_vec("ant_vel", 2)
+    obs, _ = envs.reset(seed=0)
+    for _ in range(60):
+        obs = envs.step(np.zeros((2, 8)))[0]
+    force = obs[:, 29:113].reshape(2, 14, 6)
+    assert (force[:, 0] == 0).all()  # the world body's row
+    assert (np.abs(force).max(axis=(1, 2)) > 0.5).all()
+    assert (np.abs(force) <= 1).all()
+
+
+def test_tasks_first_observation_is_forwarded_and_noise_is_mamls():
+    for name, qpos0 in (("cheetah_dir", np.zeros(9)),
+                        ("ant_dir", [0, 0, .55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1])):
+        obs, info = tasks.make_vec(name, 3).reset(seed=5)
+        nq = len(qpos0)
+        for i in range(3):
+            rng = np_random(5 + i)[0]
+            noise_q, noise_v = rng.standard_normal(nq), rng.standard_normal(nq - (nq == 15))
+            np.testing.assert_allclose(info["qpos"][i], qpos0 + 0.01 * noise_q, atol=1e-15)
+            np.testing.assert_allclose(info["qvel"][i], 0.1 * noise_v, atol=1e-15)
+            assert info["goal"][i] == tasks.sample_goals(name, rng, 1)[0]  # after the noise
+        assert (obs[:, [-3, -1]] != 0).all()  # the centre of mass, x and z
+        if nq == 15:
+            rotation = obs[:, 113:122].reshape(3, 3, 3)
+            np.testing.assert_allclose(rotation @ rotation.transpose(0, 2, 1),
+                                       np.tile(np.eye(3), (3, 1, 1)), atol=1e-12)
+
+
+def test_tasks_table_and_models():
+    sizes = {name: (t.obs, t.act, t.horizon, t.rollouts, t.goal_low, t.goal_high)
+             for name, t in tasks.TASKS.items()}
+    assert sizes == {"cheetah_vel": (20, 6, 200, 20, 0, 2), "cheetah_dir": (20, 6, 200, 20, -1, 1),
+                     "ant_vel": (125, 8, 200, 20, 0, 3), "ant_dir": (125, 8, 200, 40, -1, 1),
+                     "point_goal": (2, 2, 100, 20, -0.5, 0.5)}
+    ant = tasks.load_model("ant.xml")
+    assert ant is tasks.load_model("ant.xml")
+    assert ant.opt.timestep == 0.02 and ant.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+    assert (ant.geom_solref == [0.02, 1]).all()
+    assert (ant.geom_solimp[:, :3] == [0.8, 0.8, 0.01]).all()
+    assert tasks.load_model("half_cheetah.xml").opt.timestep == 0.01
+
+
+def test_tasks_test_goals_are_mamls_draws():
+    state = np.random.get_state()[1].copy()
+    goals = {name: tasks.test_goals(name) for name in tasks.TASKS}
+    assert (np.random.get_state()[1] == state).all()  # the global generator is left alone
+    draw = np.random.RandomState(1).uniform(0, 2, 40)
+    assert (goals["cheetah_vel"] == draw).all()
+    assert (goals["cheetah_dir"] == np.where(draw > 1, 1, -1)).all()
+    assert (goals["ant_vel"] == np.random.RandomState(1).uniform(0, 3, 40)).all()
+    draw = np.random.RandomState(2).uniform(0, 3, 40)
+    assert (goals["ant_dir"] == np.where(draw > 1.5, 1, -1)).all()
+    assert ((goals["cheetah_dir"] == 1).sum(), (goals["cheetah_dir"] == -1).sum()) == (18, 22)
+    assert ((goals["ant_dir"] == 1).sum(), (goals["ant_dir"] == -1).sum()) == (15, 25)
+    point = np.random.RandomState(1).uniform(-0.5, 0.5, (40, 2))
+    assert (goals["point_goal"] == point).all()
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_sampled_goals_fill_the_range(name):
+    task = tasks.TASKS[name]
+    goals = tasks.sample_goals(name, np.random.default_rng(0), 2000)
+    assert goals.shape == tasks.sample_goals(name, np.random.default_rng(1), 2000).shape
+    assert goals.shape[0] == 2000 and goals.shape[1:] == tasks.test_goals(name).shape[1:]
+    assert task.goal_low <= goals.min() and goals.max() <= task.goal_high
+    assert abs(goals.mean() - (task.goal_low + task.goal_high) / 2) < 0.1
+    assert (len(np.unique(goals)) == 2) == name.endswith("dir")
+    assert (goals == tasks.sample_goals(name, np.random.default_rng(0), 2000)).all()
+
+
+# ---- tasks: rewards and terminations, without MuJoCo
+
+
+numbers = st.floats(-20, 20)
+
+
+@given(st.integers(1, 5), st.integers(0, 2**32 - 1), st.floats(0, 30))
+def test_tasks_rewards_are_their_formulas(n, seed, scale):
+    rng = np.random.default_rng(seed)
+    v, g = scale * rng.standard_normal((2, n))
+    f = scale * rng.standard_normal((n, 84))
+    for size, names in ((6, ("cheetah_vel", "cheetah_dir")), (8, ("ant_vel", "ant_dir"))):
+        a = rng.uniform(-1, 1, (n, size))
+        for name in names:
+            reward = tasks.TASKS[name].reward(v, a, f, g)
+            assert reward.shape == (n,)
+            for i in range(n):
+                effort = sum(x**2 for x in a[i])
+                force = sum(min(1, max(-1, x))**2 for x in f[i])
+                expected = {
+                    "cheetah_vel": -abs(v[i] - g[i]) - 0.05 * effort,
+                    "cheetah_dir": g[i] * v[i] - 0.05 * effort,
+                    "ant_vel": -abs(v[i] - g[i]) + 1.05 - 0.005 * effort - 0.0005 * force,
+                    "ant_dir": g[i] * v[i] + 0.05 - 0.005 * effort - 0.0005 * force}[name]
+                assert reward[i] == pytest.approx(expected, abs=1e-11)
+                # one environment alone, no leading axis, gives the same bits
+                assert reward[i] == tasks.TASKS[name].reward(v[i], a[i], f[i], g[i])
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True), st.integers(0, 28),
+       st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
+def test_tasks_ant_termination_is_height_or_not_finite(height, index, value):
+    state = np.zeros(29)
+    state[index] = value
+    state[2] = height
+    broken = index != 2 and not np.isfinite(value)
+    assert tasks.ant_terminated(state) == (broken or not 0.2 <= height <= 1.0)
+    assert tasks.ant_terminated(np.stack([state, state])).shape == (2,)
+
+
+@given(numbers, numbers, numbers, numbers)
+def test_tasks_point_reward_and_termination(x, y, gx, gy):
+    squared = (x - gx) ** 2 + (y - gy) ** 2
+    position, goal = np.array([x, y]), np.array([gx, gy])
+    assert tasks.point_reward(position, goal) == pytest.approx(-squared, abs=1e-12)
+    assert tasks.point_terminated(position, position + [0.006, -0.006])
+    assert not tasks.point_terminated(position, position + [0.008, -0.008])
+    assert tasks.point_terminated(np.array([np.nan, 0]), goal)
+
+
+# ---- tasks: the lockstep environment
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 2**31), st.integers(1, 100))
+def test_tasks_point_moves_by_a_tenth_of_the_clipped_action(n, seed, steps):
+    envs = tasks.make_vec("point_goal", n)
+    obs, info = envs.reset(seed=seed)
+    assert (obs == 0).all() and (np.abs(info["goal"]) <= 0.5).all()
+    x = np.zeros((n, 2))
+    for t, action in enumerate(some_actions("point_goal", steps, n, seed)):
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        x = x + 0.1 * np.clip(action, -1, 1)
+        distance = np.hypot(*(x - info["goal"]).T)
+        np.testing.assert_allclose(obs, x, atol=1e-12)
+        np.testing.assert_allclose(reward, -(distance**2), atol=1e-12)
+        assert (terminated == (distance <= 0.01)).all()
+        assert (truncated == (t + 1 >= 100)).all()
+
+
+def test_tasks_point_arrives():
+    envs = tasks.make_vec("point_goal", 2, freeze=True)
+    goal = np.array([[0.3, -0.2], [0.1, 0.1]])
+    obs, _ = envs.reset(options={"goal": goal})
+    for expected in ([False, True], [False, True], [True, True]):
+        obs, reward, terminated, _, _ = envs.step(10 * (goal - obs))
+        assert terminated.tolist() == expected
+    assert reward[1] == 0 and reward[0] == pytest.approx(0, abs=1e-12)
+    later, reward, terminated, _, _ = envs.step(np.ones((2, 2)))
+    assert (later == obs).all() and (reward == 0).all() and terminated.all()
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_environment_0_does_not_depend_on_the_others(name):
+    actions = some_actions(name, 60, 4)
+    four = play(tasks.make_vec(name, 4), actions, seed=3)
+    one = play(tasks.make_vec(name, 1), actions[:, :1], seed=3)
+    assert_same_bits([x[:1] for x in four], one)
+    last = play(tasks.make_vec(name, 1), actions[:, 3:], seed=6)  # environment i has seed + i
+    assert_same_bits([x[3:] for x in four], last)
+    listed = play(tasks.make_vec(name, 4), actions, seed=[3, 4, 5, 6])
+    assert_same_bits(four, listed)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_single_environment_is_environment_0_bit_for_bit(name):
+    task, goal = tasks.TASKS[name], tasks.test_goals(name)[1]
+    actions = some_actions(name, task.horizon, 2, scale=0.6)
+    envs = tasks.make_vec(name, 2)
+    one = gymnasium.make(task.env_id, goal=goal)
+    obs, info = envs.reset(seed=11, options={"goal": np.stack([goal, -goal])})
+    obs1, info1 = one.reset(seed=11)
+    assert_same_bits([obs[0], *(info[key][0] for key in info)],
+                     [obs1, *(np.float64(x) if np.ndim(x) == 0 else x for x in info1.values())])
+    for t, action in enumerate(actions):
+        obs, reward, terminated, truncated, info = envs.step(action)
+        obs1, reward1, terminated1, truncated1, info1 = one.step(action[0])
+        assert_same_bits([obs[0]], [obs1])
+        assert reward[0] == reward1 and type(reward1) is float
+        assert terminated[0] == terminated1 and type(terminated1) is bool
+        assert truncated[0] == truncated1 == (t == task.horizon - 1)
+        assert {key: x[0] for key, x in info.items()} == info1
+        if terminated1:
+            break
+    else:
+        assert truncated1
+
+
+def test_tasks_single_environment_draws_what_environment_0_draws():
+    for seed in (0, 1):
+        obs, info = tasks.make_vec("ant_dir", 3).reset(seed=seed)
+        obs1, info1 = gymnasium.make("esmeta/AntDir-v0").reset(seed=seed)
+        assert (obs[0] == obs1).all() and info["goal"][0] == info1["goal"]
+    one = gymnasium.make("esmeta/CheetahVel-v0")
+    assert one.reset(options={"goal": 1.25})[1]["goal"] == 1.25
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_reset_leaves_no_trace(name):
+    task = tasks.TASKS[name]
+    envs, actions = tasks.make_vec(name, 3), some_actions(name, 80, 3)
+    fresh = play(envs, actions, seed=1)
+    play(envs, some_actions(name, 33, 3, seed=9), seed=2)
+    assert_same_bits(fresh, play(envs, actions, seed=1))
+    if task.model is not None:  # nor after a breakdown, in every part of the state
+        envs.reset(seed=4)
+        envs.batch.qvel[1] = 1e12
+        envs.step(np.full((3, task.act), np.nan))
+        assert_same_bits(fresh, play(envs, actions, seed=1))
+    # a reset without a seed continues the streams: new noise, the same in every process
+    second = play(envs, actions, seed=None)
+    assert task.model is None or (second[0][:, :17] != fresh[0][:, :17]).all()
+    again = tasks.make_vec(name, 3)
+    again.reset(seed=1)
+    assert_same_bits(second, play(again, actions, seed=None))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_returned_arrays_are_copies_and_the_action_is_left_alone(name, freeze):
+    envs, actions = tasks.make_vec(name, 2, freeze=freeze), some_actions(name, 6, 2)
+    kept = [actions.copy(), *(x.copy() for x in play(envs, actions, seed=0))]
+    seen = play(envs, actions, seed=0)
+    assert_same_bits(kept, [actions, *seen])
+    for i, x in enumerate(seen):
+        assert not any(np.shares_memory(x, y) for y in seen[:i])
+
+
+@pytest.mark.parametrize("name", ["cheetah_vel", "ant_vel", "point_goal"])
+def test_tasks_writing_into_what_was_returned_or_given_changes_nothing(name):
+    num_envs, actions = 8, some_actions(name, 200, 8, seed=2)
+    goal = np.array(tasks.test_goals(name)[:num_envs])
+    expected = play(tasks.make_vec(name, num_envs, freeze=True), actions, seed=0,
+                    options={"goal": goal})
+    envs = tasks.make_vec(name, num_envs, freeze=True)
+    obs, info = envs.reset(seed=0, options={"goal": goal})
+    seen = [x.copy() for x in (obs, *info.values())]
+    goal[...] = 9
+    for action in actions:
+        for x in (obs, *info.values()):
+            x[...] = 1
+        obs, reward, terminated, truncated, info = envs.step(action)
+        seen += [x.copy() for x in (obs, reward, terminated, truncated, *info.values())]
+        reward[...] = terminated[...] = truncated[...] = action[...] = 0
+    assert_same_bits(expected, seen)
+    if name == "ant_vel":
+        assert seen[-4].any()  # with a termination among them, which froze
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_never_reset_themselves_and_truncate_at_the_horizon(name):
+    task = tasks.TASKS[name]
+    envs = tasks.make_vec(name, 2)
+    assert envs.metadata["autoreset_mode"] == AutoresetMode.DISABLED
+    envs.reset(seed=0)
+    for t, action in enumerate(some_actions(name, task.horizon + 3, 2)):
+        truncated = envs.step(action)[3]
+        assert (truncated == (t >= task.horizon - 1)).all()
+    if task.model is not None:
+        assert (envs.batch.time == pytest.approx((t + 1) * envs.model.opt.timestep))
+
+
+def test_tasks_freeze_stops_what_has_terminated_and_changes_nothing_else():
+    actions = some_actions("ant_vel", 200, 8, seed=2)
+    frozen, free = (tasks.make_vec("ant_vel", 8, freeze=f) for f in (True, False))
+    last, _ = frozen.reset(seed=0)
+    free.reset(seed=0)
+    dead = np.zeros(8, bool)
+    for t, action in enumerate(actions):
+        obs, reward, terminated, truncated, info = frozen.step(action)
+        expected = free.step(action)
+        alive = ~dead
+        for a, b in zip((obs, reward, terminated, truncated, info["x_velocity"]),
+                        (*expected[:4], expected[4]["x_velocity"])):
+            np.testing.assert_array_equal(a[alive], b[alive])
+        assert (obs[dead] == last[dead]).all() and (reward[dead] == 0).all()
+        assert terminated[dead].all()
+        dead, last = terminated, obs
+    assert dead.any() and not dead.all()
+    assert (frozen.batch.time[dead] < free.batch.time[dead]).all()  # really not stepped
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("name", MUJOCO_TASKS)
+def test_tasks_instability_terminates(name, freeze):
+    envs, act = tasks.make_vec(name, 3, freeze=freeze), tasks.TASKS[name].act
+    for velocity in (1e7, 1e12, np.nan):
+        envs.reset(seed=0)
+        envs.batch.qvel[1] = velocity
+        for _ in range(3):  # for good: MuJoCo itself carries on from a fresh, finite state
+            obs, _, terminated, _, info = envs.step(np.zeros((3, act)))
+            assert terminated.tolist() == info["unstable"].tolist() == [False, True, False]
+            assert np.isfinite(obs).all()
+    envs.reset(seed=0)
+    assert not envs.step(np.zeros((3, act)))[2].any()
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_bad_actions_do_not_crash(name):
+    envs, act = tasks.make_vec(name, 3), tasks.TASKS[name].act
+    envs.reset(seed=0)
+    action = np.zeros((3, act))
+    action[0], action[1, 0] = np.inf, np.nan
+    obs, reward, terminated, _, info = envs.step(action)
+    assert terminated.tolist() == info["unstable"].tolist() == [False, True, False]
+    assert np.isfinite(obs[[0, 2]]).all() and np.isfinite(reward[[0, 2]]).all()
+    assert name == "point_goal" or np.isfinite(obs).all()
+    with pytest.raises(ValueError, match="shape"):
+        envs.step(np.zeros(act))  # would broadcast
+
+
+def test_tasks_actions_are_not_cast_to_float32():
+    envs = tasks.make_vec("ant_dir", 1)
+    action = np.full((1, 8), 0.1)
+    envs.reset(seed=0)
+    exact = envs.step(action)[0]
+    envs.reset(seed=0)
+    assert (envs.step(action.astype(np.float32))[0] != exact).any()
+    envs.reset(seed=0)
+    ones = envs.step(np.ones((1, 8)))[0]
+    envs.reset(seed=0)
+    assert (envs.step(np.full((1, 8), 7))[0] == ones).all()  # clipped; integers are fine too
+
+
+def test_tasks_bad_names_goals_seeds_and_options():
+    for call in (lambda n: tasks.make_vec(n, 1), tasks.test_goals,
+                 lambda n: tasks.sample_goals(n, np.random.default_rng(0), 1)):
+        with pytest.raises(ValueError, match="did you mean 'ant_vel'"):
+            call("ant_vell")
+    for name, bad in (("ant_vel", np.zeros(2)), ("ant_vel", np.zeros((3, 1))), ("ant_vel", 1.0),
+                      ("ant_vel", [1.0, np.nan, 1.0]), ("point_goal", np.zeros(3)),
+                      ("point_goal", np.zeros((3, 3)))):
+        with pytest.raises(ValueError) as error:
+            tasks.make_vec(name, 3).reset(options={"goal": bad})
+        assert "\n" not in str(error.value).split("not ")[0]
+    with pytest.raises(ValueError, match="goals of shape"):
+        gymnasium.make("esmeta/AntVel-v0", goal=[1.0, 2.0])
+    envs = tasks.make_vec("point_goal", 2)
+    with pytest.raises(ValueError, match="2 seeds"):
+        envs.reset(seed=[1, 2, 3])
+    with pytest.raises(ValueError, match="reset_mask"):
+        envs.reset(options={"reset_mask": np.ones(2, bool)})
+
+
+# ---- tasks: Gymnasium
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_are_registered_and_pass_check_env(name):
+    task = tasks.TASKS[name]
+    spec = gymnasium.spec(task.env_id)
+    assert spec.max_episode_steps == task.horizon
+    goal = tasks.test_goals(name)[0]
+    env = gymnasium.make(task.env_id, goal=goal)
+    assert np.array_equal(env.reset(seed=0)[1]["goal"], goal)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it finds infinite bounds of observations unusual
+        check_env(gymnasium.make(task.env_id).unwrapped, skip_render_check=True)
+    envs = gymnasium.make_vec(task.env_id, num_envs=4, vectorization_mode="vector_entry_point")
+    obs, info = envs.reset(seed=0)
+    assert obs in envs.observation_space and obs.shape == (4, task.obs)
+    assert (tasks.make_vec(name, 4).reset(seed=0)[0] == obs).all()
+    sync = gymnasium.make_vec(task.env_id, num_envs=4, vectorization_mode="sync")
+    assert (sync.reset(seed=0)[0] == obs).all()
+    action = envs.action_space.sample()
+    for a, b in zip(envs.step(action)[:4], sync.step(action)[:4]):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_tasks_render_where_the_machine_can():
+    env = gymnasium.make("esmeta/PointGoal-v0", goal=[0.25, 0.25], render_mode="rgb_array")
+    env.reset(seed=0)
+    frame = env.render()
+    assert frame.shape == (480, 480, 3) and frame.dtype == np.uint8
+    assert (frame[240, 240] == 0).all() and frame[180, 300].tolist() == [0, 160, 0]
+    script = ("import gymnasium, tasks; "
+              "env = gymnasium.make('esmeta/AntVel-v0', render_mode='rgb_array'); "
+              "env.reset(seed=0); frame = env.render(); env.close(); "
+              "print(frame.shape, frame.dtype, frame.std() > 1)")
+    path = str(pathlib.Path(tasks.__file__).parent)
+    ran = subprocess.run(  # in a process of its own: MUJOCO_GL counts before the import only
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl"), "PYTHONPATH": path})
+    if ran.returncode:
+        pytest.skip(f"no OpenGL here: {ran.stderr.strip().splitlines()[-1]}")
+    assert ran.stdout.split("\n")[0] == "(480, 480, 3) uint8 True"
