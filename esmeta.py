@@ -36,6 +36,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import math
@@ -45,6 +46,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -664,6 +666,7 @@ def sample_noise(config, iteration, worker, dims):
     return sign * eps, sign * eps_critic
 
 
+@np.errstate(all="ignore")  # a worker that diverges ranks last and is counted, which says enough
 def evaluate_worker(job):
     """The body of Algorithm 1's loop over workers, its tasks side by side: Job -> Result."""
     config, meta, goals, worker = job
@@ -760,8 +763,14 @@ class Crew:
         if self.pool is None and self.kind == "ray":
             self.pool, self.lost_errors = ray_pool(self.processes, self.address)
         elif self.pool is None:  # spawn: a fork would copy locks and threads of this process
-            self.pool = multiprocessing.get_context("spawn").Pool(
-                self.processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+            # workers never draw: else each starts a process that looks for glfw, and may outlive it
+            os.environ.setdefault("MUJOCO_GL", "off")
+            resource_tracker.ensure_running()  # its start would unblock the signal
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it
+            try:
+                self.pool = multiprocessing.get_context("spawn").Pool(self.processes)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self.members = multiprocessing.active_children()
         return self.pool
 
@@ -803,22 +812,17 @@ class Crew:
             if lost:
                 self.close()
                 suspects = suspects or list(pending)[: self.processes]  # what may have been running
-                losses.update(pending if len(todo) == 1 else suspects)
+                losses.update(list(pending) if len(todo) == 1 else suspects)
                 for i in (i for i in losses if losses[i] == 3):
                     raise RuntimeError(f"a worker died three times on {jobs[i].describe()}")
         return [results[i] for i in range(len(jobs))]
 
 
 def ray_pool(processes, address=None):
-    """Ray's Pool, which has the same API, and the errors of its lost workers: -> Pool, (error,).
+    """Ray's Pool, which has the same API, and the errors of its lost workers: -> Pool, (error,)."""
+    import ray
+    from ray.util.multiprocessing import Pool
 
-    Raises ValueError where ray is not installed.
-    """
-    try:
-        import ray
-        from ray.util.multiprocessing import Pool
-    except ImportError:
-        raise ValueError("--pool ray needs ray: pip install ray") from None
     if not ray.is_initialized():
         folder = {"working_dir": str(Path(__file__).parent),
                   "excludes": ["runs", ".venv", ".git", "results"]}
@@ -867,6 +871,10 @@ def train(config, iterations=None, processes=None, out=None, resume=False, pool=
     if iterations < 0 or processes < 1 or pool not in ("local", "ray"):
         raise ValueError("iterations must be >= 0, processes >= 1, pool local or ray, not "
                          f"{iterations}, {processes}, {pool!r}")
+    if ray_address is not None and pool != "ray":
+        raise ValueError("--ray-address needs --pool ray")
+    if pool == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError("--pool ray needs ray: pip install ray")
     out = Path(out or f"runs/{config.task}-seed{config.seed}")
     with run_directory(out, resume), Crew(processes, pool, ray_address) as crew:
         meta = open_run(out, config, resume)
@@ -935,9 +943,8 @@ def replace_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there only where an error or a signal came
 
 
 def save_checkpoint(path, config, meta):
@@ -969,6 +976,7 @@ def load_checkpoint(path):
             if (value.shape, value.dtype) != (like.shape, like.dtype):
                 raise ValueError(f"{name} is {value.dtype} {value.shape}")
             low = -np.inf if name in ("mu_actor", "mu_critic", "obs_mean") else 0
+            low = 1e-6 if name.startswith("sigma") else low
             if not (np.isfinite(value) & (value >= low)).all():
                 raise ValueError(f"{name} holds a number that no run writes")
     except Exception as error:  # zipfile, zlib, numpy and json have many for broken bytes
@@ -1054,12 +1062,11 @@ def progress_bar(total):
 
 def status_line(row, iterations, failed, left):
     """An iteration in one line of at most 100 columns."""
-    return (f"{row['iteration'] + 1}/{iterations} before {row['return_before']:.1f} "
-            f"explorers {row['return_explorers']:.1f} after {row['return_after']:.1f} "
-            f"critic {row['critic_error']:.3g} sigma {row['sigma_actor']:.4f} "
-            f"ratio {row['update_ratio']:.3f} {row['env_steps'] / 1e6:.1f}M {row['seconds']:.1f}s "
-            f"left {int(left // 3600)}:{int(left // 60 % 60):02d}"
-            + f" failed {failed}" * bool(failed))
+    _, before, explorers, after, critic, sigma, ratio, steps, seconds = row.values()
+    return (f"{row['iteration'] + 1}/{iterations} " + f"failed {failed} " * bool(failed)
+            + f"returns {before:.4g} {explorers:.4g} {after:.4g} critic {critic:.3g}"
+            f" sigma {sigma:.3g} ratio {ratio:.2g} {steps / 1e6:.4g}M {seconds:.3g}s left "
+            f"{int(left // 3600)}:{int(left // 60 % 60):02d}")[:100]
 
 
 def interval(values):
@@ -1105,24 +1112,31 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def boolean(word):
+    """True or False of "true" or "false"."""
+    return ("false", "true").index(word.lower()) == 1  # ValueError for other words
+
+
 def make_parser():
     """The command line: a flag for every field of Config, generated from it, and a few more."""
     parser = OneLineParser("esmeta.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--iterations", type=int, help="in all, also after --resume")
+    parser.add_argument("--iterations", type=int,
+                        help="in all, also after --resume (default: the task's)")
     parser.add_argument("--processes", type=int, help="worker processes (default: the cores)")
     parser.add_argument("--out", help="run directory (default runs/<task>-seed<N>)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--paper", action="store_true", help="the paper's literal choices")
     parser.add_argument("--eval", metavar="PATH", help="meta-test a checkpoint or run directory")
     parser.add_argument("--updates", type=int, default=1, help="adaptations in --eval (default 1)")
-    parser.add_argument("--pool", choices=("local", "ray"), default="local", help="of workers")
+    parser.add_argument("--pool", choices=("local", "ray"), default="local",
+                        help="of workers (default local)")
     parser.add_argument("--ray-address", help="default: RAY_ADDRESS, or local")
     for field in dataclasses.fields(Config):
         kind = type(field.default)
         own = [f"{t} {s[field.name]}" for t, s in TASK_SETTINGS.items() if field.name in s]
         parser.add_argument(
             "--" + field.name.replace("_", "-"), default=None,
-            type={"true": True, "false": False}.__getitem__ if kind is bool else kind,
+            type=boolean if kind is bool else kind,
             help=f"{field.metadata['help']} (default {'; '.join([str(field.default), *own])}) "
                  f"({field.metadata['source']})")
     return parser
@@ -1139,8 +1153,9 @@ def run(argv):
     explicit = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)
                 if getattr(args, field.name) is not None}
     processes = os.cpu_count() if args.processes is None else args.processes
-    if processes < 1 or args.updates < 0:
-        raise ValueError("--processes must be at least 1 and --updates at least 0")
+    if not 1 <= processes <= 4096 or not 0 <= args.updates <= 10_000 or args.out == "":
+        raise ValueError("--processes must be from 1 to 4096, --updates from 0 to 10000, --out a "
+                         f"directory, not {processes}, {args.updates}, {args.out!r}")
     if args.eval is not None:
         return report_eval(args.eval, args.updates, processes)
     task = explicit.pop("task", Config.task)
@@ -1157,7 +1172,7 @@ def main(argv=None):
         if end.code in (130, 143):
             print("\nesmeta: stopped; --resume with the same flags goes on", file=sys.stderr)
         return end.code or 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print("esmeta: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     finally:
