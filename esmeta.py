@@ -177,14 +177,16 @@ def critic_size(dims):
     return sum(math.prod(shape) for shape in critic_shapes(dims))
 
 
+@functools.lru_cache(maxsize=None)
+def slices(shapes):
+    """Where each layer lies in a flat vector: (slice, shape) in order."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+    return [(slice(end - math.prod(shape), end), shape) for end, shape in zip(ends, shapes)]
+
+
 def unpack(flat, shapes):
-    """Views of flat (..., P) as layers (..., *shape), in order."""
-    layers, start = [], 0
-    for shape in shapes:
-        stop = start + math.prod(shape)
-        layers.append(flat[..., start:stop].reshape(flat.shape[:-1] + shape))
-        start = stop
-    return layers
+    """Views of flat (.., P) as layers (.., *shape), in order."""
+    return [flat[..., part].reshape(*flat.shape[:-1], *shape) for part, shape in slices(shapes)]
 
 
 def xavier(shapes, rng):
@@ -246,13 +248,12 @@ def critic_forward(phi, obs, action, dims):
     h2 = joined @ w2
     h2 += b2
     np.maximum(h2, 0, out=h2)
-    return (h2 @ w3 + b3)[:, 0], (phi, dims, obs, joined, h2)
+    return (h2 @ w3 + b3)[:, 0], (phi, dims, w2, w3, obs, joined, h2)
 
 
 def critic_hidden_gradients(d_q, cache):
     """Gradients of sum(d_q * q) at layer 2: (B, hidden), and its input: (B, hidden + act)."""
-    phi, dims, _, _, h2 = cache
-    _, _, w2, _, w3, _ = unpack(phi, critic_shapes(dims))
+    _, _, w2, w3, _, _, h2 = cache
     d_z2 = d_q[:, None] * w3[:, 0]
     d_z2 *= h2 > 0
     return d_z2, d_z2 @ w2.T
@@ -260,7 +261,7 @@ def critic_hidden_gradients(d_q, cache):
 
 def critic_backward(d_q, cache):
     """Gradients of sum(d_q * q): d_q (B,) -> d_phi (P_c,), d_action (B, act)."""
-    phi, dims, obs, joined, h2 = cache
+    phi, dims, _, _, obs, joined, h2 = cache
     d_phi = np.empty_like(phi)
     d_w1, d_b1, d_w2, d_b2, d_w3, d_b3 = unpack(d_phi, critic_shapes(dims))
     d_z2, d_joined = critic_hidden_gradients(d_q, cache)
@@ -311,21 +312,30 @@ def mean_reward(data, config):
     return data.reward[data.valid].mean() if config.centre else 0.0
 
 
-def critic_targets(theta, phi, data, centre, config, dims):
-    """The n-step targets (H, N) of data less a mean reward, with V(s) = Q_phi(s, a_theta(s)).
+def state_values(theta, phi, obs, dims):
+    """V(s) = Q_phi(s, a_theta(s)): obs (.., obs) -> (..)."""
+    rows, value = obs.reshape(-1, dims.obs), np.empty(obs.shape[:-1], obs.dtype)
+    for start in range(0, len(rows), 512):  # as many rows as the caches hold
+        part = rows[start : start + 512]
+        action, _ = actor_forward(theta, part, dims)
+        value.reshape(-1)[start : start + 512] = critic_forward(phi, part, action, dims)[0]
+    return value
+
+
+def critic_targets(value, data, centre, config):
+    """The n-step targets (H, N) of data less a mean reward `centre`; value (H + 1, N) of states.
 
     Q then counts what exceeds the mean; so does the zero that follows a termination.
     """
-    rows = data.obs.reshape(-1, dims.obs)
-    value = critic_forward(phi, rows, actor_forward(theta, rows, dims)[0], dims)[0]
     reward = data.reward - centre * (1 + data.terminated * (config.gamma / (1 - config.gamma)))
-    return nstep_targets(reward.astype(value.dtype), data.terminated,
-                         value.reshape(data.obs.shape[:-1]), config.gamma, config.n_step)
+    return nstep_targets(
+        reward.astype(value.dtype), data.terminated, value, config.gamma, config.n_step)
 
 
 def critic_error(theta, phi, data, centre, config, dims):
     """Mean of (Q_phi(s, a) - y)^2 over the valid rows of data, y from theta and phi themselves."""
-    target = critic_targets(theta, phi, data, centre, config, dims)[data.valid]
+    value = state_values(theta, phi, data.obs, dims)
+    target = critic_targets(value, data, centre, config)[data.valid]
     q, _ = critic_forward(phi, data.obs[:-1][data.valid], data.action[data.valid], dims)
     return float(np.mean((q - target) ** 2))
 
@@ -375,16 +385,19 @@ def step_actor(theta, gradient, sigma, config):
     return theta + sigma * direction * (config.actor_step / length)
 
 
-def adapt(theta_bar, phi, data, sigma, config, dims, rng):
+def adapt(theta_bar, phi, data, sigma, config, dims, rng, value=None):
     """DDPG on K trajectories: `cycles` times fit the critic, step the actor, move the targets.
 
-    theta_bar, sigma (P,), phi (P_c,), data (H, K) -> adapted theta (P,), phi (P_c,).
+    theta_bar, sigma (P,), phi (P_c,), data (H, K) -> adapted theta (P,), phi (P_c,). `value`, the
+    state_values (H + 1, K) of theta_bar and phi, serves all the tasks of a worker.
     """
     theta, target_theta, target_phi, tau = theta_bar, theta_bar, phi, config.target_tau
     obs, action = data.obs[:-1][data.valid], data.action[data.valid]  # (B, obs), (B, act)
     centre, adam = mean_reward(data, config), np.zeros((2, len(phi)), phi.dtype)
     for cycle in range(config.cycles):
-        target = critic_targets(target_theta, target_phi, data, centre, config, dims)[data.valid]
+        if cycle or value is None:
+            value = state_values(target_theta, target_phi, data.obs, dims)
+        target = critic_targets(value, data, centre, config)[data.valid]
         rows = rng.integers(len(obs), size=(config.critic_updates, config.critic_batch))
         phi = fit_critic(phi, obs, action, target, rows, config.critic_lr, dims, adam,
                          cycle * config.critic_updates)
@@ -555,15 +568,19 @@ def task_dims(name):
 
 
 def make_normaliser(meta, config):
-    """The function clip((s - mean) / std, -c, c) by meta's moments; before any, the identity."""
+    """The function (s, out) that writes clip((s - mean) / std, -c, c) to out, by meta's moments.
+
+    Before there are any, or with c = 0, it copies.
+    """
     if not config.obs_clip or not meta.obs_count:
-        return lambda obs: obs
+        return lambda obs, out: np.copyto(out, obs, casting="same_kind")
     mean, scale = meta.obs_mean, 1 / np.sqrt(meta.obs_m2 / meta.obs_count + 1e-8)
 
-    def normalise(obs):
-        obs = (obs - mean) * scale
+    def normalise(obs, out):
+        obs = obs - mean
+        obs *= scale
         np.maximum(obs, -config.obs_clip, out=obs)
-        return np.minimum(obs, config.obs_clip, out=obs)
+        np.minimum(obs, config.obs_clip, out=out, casting="same_kind")  # in float64 until here
 
     return normalise
 
@@ -583,20 +600,21 @@ def merge_moments(a, b):
 
 def make_policy(theta, envs, dims):
     """actor_forward for A actors theta (A, P) of `envs` environments each, laid out once:
-    the function obs (A * envs, obs) -> action (A * envs, act), which reuses its arrays."""
+    the function (obs (A * envs, obs), out (A * envs, act)) that writes the actions to out."""
     w1, b1, w2, b2, w3, b3 = unpack(theta, actor_shapes(dims))
+    b1, b2, b3 = b1[:, None], b2[:, None], b3[:, None]  # (A, 1, ..)
     h1, h2 = np.empty((2, len(theta), envs, dims.hidden), theta.dtype)
-    action = np.empty((len(theta), envs, dims.act), theta.dtype)
 
-    def policy(obs):
-        x = obs.reshape(len(theta), envs, dims.obs)
-        for w, b, h in (w1, b1, h1), (w2, b2, h2):
-            x = np.matmul(x, w, out=h)
-            x += b[:, None]
-            np.maximum(x, 0, out=x)
-        np.matmul(x, w3, out=action)
-        np.add(action, b3[:, None], out=action)
-        return np.tanh(action, out=action).reshape(len(obs), dims.act)
+    def policy(obs, out):
+        np.matmul(obs.reshape(len(theta), envs, dims.obs), w1, out=h1)
+        np.add(h1, b1, out=h1)
+        np.maximum(h1, 0, out=h1)
+        np.matmul(h1, w2, out=h2)
+        np.add(h2, b2, out=h2)
+        np.maximum(h2, 0, out=h2)
+        action = np.matmul(h2, w3)
+        action += b3
+        np.tanh(action.reshape(out.shape), out=out)
 
     return policy
 
@@ -639,16 +657,16 @@ def rollout(name, theta, starts, normalise):
     velocity = np.zeros((horizon, n))
     goal = np.zeros((n, *tasks.TASKS[name].goal_shape))  # any: the dynamics see none
     raw[0], _ = env.reset(seed=[int(seed) for seed in starts], options={"goal": goal})
-    obs[0] = normalise(raw[0])
+    normalise(raw[0], obs[0])
     for t in range(horizon):
-        action[t] = policy(obs[t])
-        raw[t + 1], _, terminated, _, info = env.step(action[t])
-        obs[t + 1] = normalise(raw[t + 1])
-        velocity[t] = info.get("x_velocity", 0.0)
-        if env.freeze and terminated.all():
+        policy(obs[t], action[t])
+        going = env.advance(action[t], raw[t + 1])
+        normalise(raw[t + 1], obs[t + 1])
+        velocity[t] = env.velocity()
+        if not going:
             raw[t + 2 :], obs[t + 2 :] = raw[t + 1], obs[t + 1]
             break
-    return Run(obs, action, raw, velocity, bool(info["unstable"].any()))
+    return Run(obs, action, raw, velocity, bool(env.unstable().any()))
 
 
 def sample_noise(config, iteration, worker, dims):
@@ -682,8 +700,9 @@ def evaluate_worker(job):
     run = rollout(name, np.vstack([theta, theta_bar]), starts[: k + 1], normalise)
     scored = [run.score(name, goal) for goal in goals]
     datas = [data.part(0, k) for data in scored]
+    value = state_values(theta_bar, phi, run.obs[:, :k], dims)
     adapted = [adapt(theta_bar, phi, data, meta.sigma_actor, config, dims,
-                     generator(DATA, config.seed, meta.iteration, stream)) for data in datas]
+                     generator(DATA, config.seed, meta.iteration, stream), value) for data in datas]
     tests = rollout(name, np.stack([theta for theta, _ in adapted]),
                     np.tile(starts[k + 1 :], len(goals)), normalise)
     tested = [tests.part(i * config.test_rollouts, (i + 1) * config.test_rollouts).score(name, goal)

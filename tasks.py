@@ -199,8 +199,8 @@ class GoalVectorEnv(VectorEnv):
         self.goal = goal if goal is not None else np.concatenate(
             [sample_goals(self.task.name, rng, 1) for rng in self.rngs])
         self.elapsed = 0
-        self._dead, self._any_dead = None, False  # what terminated earlier; only with `freeze`
-        return self._observe(), {"qpos": self._qpos.copy(), "qvel": self._qvel.copy(),
+        self._living = None  # ids of those that have not terminated, None for all; with `freeze`
+        return self._observe(np.empty((self.num_envs, self.task.obs))), {"qpos": self._qpos.copy(), "qvel": self._qvel.copy(),
                                  "goal": self.goal.copy()}
 
     def step(self, action):
@@ -211,21 +211,33 @@ class GoalVectorEnv(VectorEnv):
         With `freeze`, what has terminated stays: same obs, reward 0, terminated. Raises ValueError
         for actions of another shape.
         """
-        a, action = self._action, np.asarray(action)
-        if action.shape != a.shape:
-            raise ValueError(f"actions must have shape {a.shape}, not {action.shape}")
-        np.maximum(action, -1.0, out=a)  # np.clip at a third of its overhead; NaN stays NaN
-        np.minimum(a, 1.0, out=a)
-        self._advance(np.flatnonzero(~self._dead) if self._any_dead else None)
-        obs, reward, terminated, info = self._outcome()
-        if self._any_dead:
-            reward[self._dead] = 0.0  # their state stands still, and is terminal as before
-        if self.freeze and np.count_nonzero(terminated):
-            self._dead, self._any_dead = terminated.copy(), True
+        if np.shape(action) != self._action.shape:
+            raise ValueError(f"actions must have shape {self._action.shape}, "
+                             f"not {np.shape(action)}")
+        before, obs = self._living, np.empty((self.num_envs, self.task.obs))
+        self.advance(np.asarray(action), obs)
+        reward, terminated, info = self._outcome(obs)
+        if before is not None:  # the state of the others stands still, and is terminal as before
+            reward[~np.isin(np.arange(self.num_envs), before)] = 0.0
         self.elapsed += 1
         # the horizon is no termination: its last state has a future, which adaptation bootstraps
         truncated = (np.ones if self.elapsed >= self.horizon else np.zeros)(self.num_envs, bool)
         return obs, reward, terminated, truncated, info
+
+    def advance(self, action, out):
+        """`step` for those who score later, by `outcomes`: the observation goes to `out`.
+
+        action (num_envs, act), out (num_envs, obs) -> False once all have terminated (`freeze`).
+        """
+        np.maximum(action, -1.0, out=self._action)  # np.clip at a third of its overhead, keeps NaN
+        np.minimum(self._action, 1.0, out=self._action)
+        self._advance(self._living)
+        self._observe(out)
+        if self.freeze:
+            ended = self._ended(out)
+            if np.count_nonzero(ended):
+                self._living = np.flatnonzero(~ended)
+        return self._living is None or self._living.size > 0
 
 
 class PointVectorEnv(GoalVectorEnv):
@@ -238,13 +250,24 @@ class PointVectorEnv(GoalVectorEnv):
         living = slice(None) if living is None else living
         self._qpos[living] += 0.1 * self._action[living]
 
-    def _observe(self):
-        return self._qpos.copy()
+    def _observe(self, out):
+        out[:] = self._qpos
+        return out
 
-    def _outcome(self):
-        reward = point_reward(self._qpos, self.goal)
-        return (self._observe(), reward, point_terminated(self._qpos, self.goal),
-                {"unstable": np.isnan(reward)})
+    def _ended(self, obs):
+        return point_terminated(obs, self.goal)
+
+    def _outcome(self, obs):
+        reward = point_reward(obs, self.goal)
+        return reward, self._ended(obs), {"unstable": np.isnan(reward)}
+
+    def velocity(self):
+        """No task of the point asks for it: 0."""
+        return 0.0
+
+    def unstable(self):
+        """Which broke down since the reset: (num_envs,) bool."""
+        return np.isnan(self._qpos).any(axis=1)
 
 
 @functools.lru_cache(maxsize=None)
@@ -301,22 +324,32 @@ class MujocoVectorEnv(GoalVectorEnv):
         self._ctrl[:] = self._action
         self.batch.step(living, 1, self._stage)
 
-    def _observe(self):
+    def _observe(self, out):
         if not self._ant:
-            return np.concatenate((self._qpos[:, 1:], self._qvel, self._com), axis=1)
+            return np.concatenate((self._qpos[:, 1:], self._qvel, self._com), axis=1, out=out)
         contact = np.clip(self._contact, -1.0, 1.0)
-        return np.concatenate((self._qpos, self._qvel, contact, self._rotation, self._com), axis=1)
+        parts = self._qpos, self._qvel, contact, self._rotation, self._com
+        return np.concatenate(parts, axis=1, out=out)
 
-    def _outcome(self):
-        obs, velocity = self._observe(), self._x_velocity.copy()
-        contact = self._contact if self._ant else None
-        reward = self.task.reward(velocity, self._action, contact, self.goal)
+    def velocity(self):
+        """Velocity of the centre of mass along x in m/s, (num_envs,), a view of the simulation."""
+        return self._x_velocity
+
+    def unstable(self):
+        """Which broke down since the reset: (num_envs,) bool."""
         # MuJoCo resets a diverged simulation to a finite state and goes on: only a count tells
         warning = self.batch.warning  # (N, kinds, 2): what, and how often since the reset
-        unstable = (warning[:, :, 1].any(axis=1) if np.count_nonzero(warning)
-                    else np.zeros(self.num_envs, bool))
-        terminated = unstable | ant_terminated(obs[:, :29]) if self._ant else unstable.copy()
-        return obs, reward, terminated, {"x_velocity": velocity, "unstable": unstable}
+        return (warning[:, :, 1].any(axis=1) if np.count_nonzero(warning)
+                else np.zeros(self.num_envs, bool))
+
+    def _ended(self, obs):
+        return self.unstable() | ant_terminated(obs[:, :29]) if self._ant else self.unstable()
+
+    def _outcome(self, obs):
+        velocity = self._x_velocity.copy()
+        contact = self._contact if self._ant else None
+        reward = self.task.reward(velocity, self._action, contact, self.goal)
+        return reward, self._ended(obs), {"x_velocity": velocity, "unstable": self.unstable()}
 
 
 # ---- one environment, for Gymnasium ------------------------------------------------------------

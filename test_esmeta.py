@@ -160,7 +160,9 @@ def test_many_actors_at_once_equal_single_ones(dims, seed, k, rows):
     close(esmeta.actor_forward(theta, obs, dims)[0], singles, 1e-12)
     policy = esmeta.make_policy(theta, rows, dims)
     for _ in range(2):  # its arrays are reused
-        close(policy(obs.reshape(-1, dims.obs)), singles.reshape(-1, dims.act), 1e-12)
+        out = np.empty((k * rows, dims.act))
+        policy(obs.reshape(-1, dims.obs), out)
+        close(out, singles.reshape(-1, dims.act), 1e-12)
 
 
 def test_sizes_xavier_weights_and_zero_biases():
@@ -208,7 +210,7 @@ def test_formulas_keep_the_dtype_and_their_arguments(monkeypatch, dtype, rule):
         return checked
 
     names = ["actor_forward", "actor_backward", "critic_forward", "critic_backward",
-             "critic_hidden_gradients", "nstep_targets", "critic_targets", "fit_critic",
+             "critic_hidden_gradients", "nstep_targets", "critic_targets", "fit_critic", "state_values",
              "policy_gradient", "step_actor", "adapt", "summed_gradient", "natural_gradient"]
     for name in names:
         monkeypatch.setattr(esmeta, name, strict(name, getattr(esmeta, name)))
@@ -261,13 +263,16 @@ def test_critic_error_and_targets_equal_plain_loops(seed, n, ends, centre):
     value = np.stack([plain_critic(phi, s, plain_actor(theta, s, dims)[0], dims)[0]
                       for s in data.obs])
     b = data.reward[data.valid].mean() / (1 - 0.9) if centre else 0.0
+
+    def targets(data):
+        values = esmeta.state_values(theta, phi, data.obs, dims)
+        return esmeta.critic_targets(values, data, esmeta.mean_reward(data, config), config)
+
     target = plain_targets(data.reward, data.terminated, value + b, 0.9, n) - b
-    close(esmeta.critic_targets(
-        theta, phi, data, esmeta.mean_reward(data, config), config, dims)[data.valid], target[data.valid])
+    close(targets(data)[data.valid], target[data.valid])
     if centre and not ends:  # a constant reward is forgotten, where it cannot be lost by an end
         more = data._replace(reward=data.reward + 7)
-        close(esmeta.critic_targets(
-            theta, phi, more, esmeta.mean_reward(more, config), config, dims), target)
+        close(targets(more), target)
     errors = [(plain_critic(phi, data.obs[t, i : i + 1], data.action[t, i : i + 1], dims)[0][0]
                - target[t, i]) ** 2 for t, i in np.argwhere(data.valid)]
     offset = esmeta.mean_reward(data, config)
@@ -296,7 +301,8 @@ def test_fit_critic_descends_the_semi_gradient(dims, seed):
     rows = np.random.default_rng(seed).integers(len(obs), size=(2, 5))
 
     def targets(x):
-        return esmeta.critic_targets(theta, x, data, 0.0, config, dims)[data.valid]
+        value = esmeta.state_values(theta, x, data.obs, dims)
+        return esmeta.critic_targets(value, data, 0.0, config)[data.valid]
 
     def loss(x, batch, y):
         q, pattern = plain_critic(x, obs[batch], action[batch], dims)
@@ -353,7 +359,8 @@ def test_two_cycles_of_adapt_by_hand(rule, tau):
     obs, action, followed = data.obs[:-1][data.valid], data.action[data.valid], old[:2]
     centre, adam = esmeta.mean_reward(data, config), np.zeros((2, len(phi)))
     for cycle in range(2):
-        y = esmeta.critic_targets(*followed, data, centre, config, dims)[data.valid]
+        value = esmeta.state_values(*followed, data.obs, dims)
+        y = esmeta.critic_targets(value, data, centre, config)[data.valid]
         rows = rng.integers(len(obs), size=(3, 5))
         phi = esmeta.fit_critic(phi, obs, action, y, rows, 0.05, dims, adam, 3 * cycle)
         states = obs[rng.integers(len(obs), size=4)]
@@ -647,10 +654,13 @@ def test_normaliser():
     rows, obs = rng.normal(4, 3, (50, 2)), rng.normal(4, 30, (20, 2))
     meta = esmeta.MetaState(*[None] * 4, *esmeta.moments(rows), 0, 0)
     before, z = obs.copy(), (obs - rows.mean(axis=0)) / rows.std(axis=0)
-    close(esmeta.make_normaliser(meta, make_config(obs_clip=2.0))(obs), np.clip(z, -2, 2))
+    out = np.empty_like(obs)
+    esmeta.make_normaliser(meta, make_config(obs_clip=2.0))(obs, out)
+    close(out, np.clip(z, -2, 2))
     assert z.min() < -2 and z.max() > 2 and np.array_equal(obs, before)
     for raw in ((meta, make_config(obs_clip=0.0)), (meta._replace(obs_count=0.0), make_config())):
-        assert np.array_equal(esmeta.make_normaliser(*raw)(obs), obs)
+        esmeta.make_normaliser(*raw)(obs, out)
+        assert np.array_equal(out, obs)
 
 
 # ---- tasks -------------------------------------------------------------------------------------
