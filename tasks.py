@@ -200,8 +200,8 @@ class GoalVectorEnv(VectorEnv):
             [sample_goals(self.task.name, rng, 1) for rng in self.rngs])
         self.elapsed = 0
         self._living = None  # ids of those that have not terminated, None for all; with `freeze`
-        return self._observe(np.empty((self.num_envs, self.task.obs))), {"qpos": self._qpos.copy(), "qvel": self._qvel.copy(),
-                                 "goal": self.goal.copy()}
+        obs = self._observe(np.empty((self.num_envs, self.task.obs)))
+        return obs, {"qpos": self._qpos.copy(), "qvel": self._qvel.copy(), "goal": self.goal.copy()}
 
     def step(self, action):
         """One control step under clip(action, -1, 1), action (num_envs, act).

@@ -6,6 +6,7 @@
 One row a variant: the return before and after one adaptation of mu, averaged over MAML's first
 10 test goals, the gain and its standard error over goals. All variants see the same trajectories.
 """
+import dataclasses
 import sys
 
 import numpy as np
@@ -21,7 +22,7 @@ VARIANTS = ["", "n_step=1", "n_step=5", "n_step=10", "n_step=50", "gamma=0.9", "
 
 
 def gain(config, meta, goal, index):
-    """Return before and after one adaptation of mu to a goal, 20 fresh episodes each: two floats."""
+    """Return before and after one adaptation of mu to a goal, of 20 fresh episodes each."""
     job = esmeta.EvalJob(config, meta, goal, index, updates=1, seed=1)
     return esmeta.evaluate_goal(job)
 
@@ -41,7 +42,7 @@ def main(argv):
         print(f"{stored.task}, iteration {meta.iteration}")
         print(f"{'setting':<28}{'before':>9}{'after':>9}{'gain':>9}{'s.e.':>7}")
         for variant in argv[1:] or VARIANTS:
-            config = esmeta.check_config(esmeta.dataclasses.replace(stored, **parse(variant)))
+            config = esmeta.check_config(dataclasses.replace(stored, **parse(variant)))
             before, after = np.array([gain(config, meta, g, i) for i, g in enumerate(goals)]).T
             error = (after - before).std() / len(goals) ** 0.5
             print(f"{variant or 'as trained':<28}{before.mean():9.1f}{after.mean():9.1f}"
