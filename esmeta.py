@@ -785,13 +785,15 @@ class Crew:
         elif self.pool is None:  # spawn: a fork would copy locks and threads of this process
             # workers never draw: else each starts a process that looks for glfw, and may outlive it
             os.environ.setdefault("MUJOCO_GL", "off")
-            resource_tracker.ensure_running()  # its start would unblock the signal
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it
+            resource_tracker.ensure_running()  # its start would unblock the signals
+            both = {signal.SIGINT, signal.SIGTERM}  # neither may come while half a worker is there
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, both)  # workers inherit it: no Ctrl-C
             try:
-                self.pool = multiprocessing.get_context("spawn").Pool(self.processes)
+                self.pool = multiprocessing.get_context("spawn").Pool(
+                    self.processes, signal.pthread_sigmask, (signal.SIG_UNBLOCK, {signal.SIGTERM}))
+                self.members = multiprocessing.active_children()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            self.members = multiprocessing.active_children()
         return self.pool
 
     def close(self):
