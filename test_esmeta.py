@@ -1401,6 +1401,17 @@ def test_system_point_goal_learns(tmp_path):
     assert np.mean(after[-3:]) > after[0] + MARGIN
 
 
+@pytest.mark.parametrize("task", ["cheetah_vel", "cheetah_dir"])
+def test_system_committed_results_are_what_their_checkpoints_do(task):
+    """The first 4 goals of a committed eval.csv, to 10 %: another CPU type rounds differently."""
+    folder = Path(esmeta.__file__).parent / "results" / f"{task}-seed0"
+    rows = list(csv.DictReader((folder / "eval.csv").open()))
+    returns = esmeta.meta_test(folder, tasks.test_goals(task)[:4])
+    for updates, mean in enumerate(returns.mean(axis=1)):
+        written = [float(row["return"]) for row in rows if row["updates"] == str(updates)][:4]
+        assert mean == pytest.approx(np.mean(written), rel=0.1)
+
+
 # ---- faults ------------------------------------------------------------------------------------
 
 
