@@ -14,6 +14,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -1389,6 +1390,17 @@ def test_system_readme_lists_our_choices():
               if line.startswith("| `")]
     assert sorted(listed) == sorted(field.name for field in dataclasses.fields(esmeta.Config)
                                     if field.metadata["source"] == "ours")
+
+
+def test_system_readme_names_the_line_of_each_function():
+    text = (Path(esmeta.__file__).parent / "README.md").read_text()
+    rows = [line.strip("|").split("|") for line in text.split("## Reading it as a spec")[1]
+            .split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    source = Path(esmeta.__file__).read_text().splitlines()
+    for _, names, lines in rows:
+        names = [name for name in re.findall(r"`([\w.]+)`", names) if name != "tasks.py"]
+        found = [source[int(line) - 1].split("(")[0].split() for line in re.findall(r"\d+", lines)]
+        assert found == [["def", name.split(".")[-1]] for name in names]
 
 
 LEARNING = "--task point_goal --workers 32 --rollouts 10 --iterations 20"
