@@ -1077,6 +1077,8 @@ def meta_test(checkpoint, goals=None, updates=1, seed=0, processes=1):
     config, meta = load_checkpoint(checkpoint)
     goals = tasks.test_goals(config.task) if goals is None else np.asarray(goals, float)
     jobs = [EvalJob(config, meta, goal, i, updates, seed) for i, goal in enumerate(goals)]
+    if processes == 1:  # here: a script that calls this need not guard against being spawned
+        return np.array([evaluate_goal(job) for job in jobs]).T
     with Crew(processes) as crew:
         return np.array(crew.map(evaluate_goal, jobs, progress_bar(len(jobs)))).T
 
