@@ -1403,6 +1403,14 @@ def test_system_readme_names_the_line_of_each_function():
         assert found == [["def", name.split(".")[-1]] for name in names]
 
 
+def test_system_readme_example_prints_one_number_twice():
+    text = (Path(esmeta.__file__).parent / "README.md").read_text()
+    done = subprocess.run([sys.executable, "-c", text.split("```python\n")[1].split("```")[0]],
+                          cwd=Path(esmeta.__file__).parent, capture_output=True, text=True)
+    formula, difference = map(float, done.stdout.split())
+    assert formula == pytest.approx(difference, rel=1e-6)
+
+
 LEARNING = "--task point_goal --workers 32 --rollouts 10 --iterations 20"
 MARGIN = 8.0  # in return: standing still scores -17, the first iteration about -30
 

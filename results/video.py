@@ -53,33 +53,21 @@ def parse_goal(task, numbers):
     return goal.reshape(task.goal_shape)
 
 
-def adapted_actor(config, meta, goal, updates, seed):
-    """The actor (P,) after `updates` adaptations to goal, each as in esmeta.evaluate_goal."""
-    normalise, name = esmeta.make_normaliser(meta, config), config.task
-    spread = meta.sigma_actor * math.sqrt(1 - config.correlation)
-    actor, phi = meta.mu_actor, meta.mu_critic
-    for update in range(updates):
-        rng = esmeta.generator(esmeta.EVAL, seed, 1, update + 1)
-        theta = actor + spread * rng.standard_normal((config.rollouts, len(actor)), np.float32)
-        starts = rng.integers(2**31, size=config.rollouts)
-        data = esmeta.rollout(name, theta, starts, normalise).score(name, goal)
-        actor, phi = esmeta.adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, config,
-                                  esmeta.task_dims(name), rng)
-    return actor
-
-
 def film(config, meta, actor, goal, stride, seed):
     """One episode: -> pictures (SIZE, SIZE, 3) of every stride-th step, lines of text for each."""
     from PIL import Image
 
     task, dims = tasks.find_task(config.task), esmeta.task_dims(config.task)
     normalise = esmeta.make_normaliser(meta, config)
-    policy = esmeta.make_policy(actor[None], 1, dims)
+    policy, seen = esmeta.make_policy(actor[None], 1, dims), np.empty((1, dims.obs), actor.dtype)
+    action = np.empty((1, dims.act), actor.dtype)
     env = gymnasium.make(task.env_id, render_mode="rgb_array")
     obs, info = env.reset(seed=seed, options={"goal": goal if task.goal_shape else float(goal)})
     pictures, texts, total, end = [], [], 0.0, False
     for t in range(task.horizon):
-        obs, reward, end, _, info = env.step(policy(normalise(obs[None]).astype(actor.dtype))[0])
+        normalise(obs[None], seen)
+        policy(seen, action)
+        obs, reward, end, _, info = env.step(action[0])
         total += reward
         if t % stride == 0 or end:
             picture = Image.fromarray(env.render()).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
@@ -131,7 +119,9 @@ def make_video(args):
     stride = max(1, round(FRAME * args.speed / step))
     unit = "" if task.direction else " m/s" if task.model else " m"
     goal_text = f"goal {np.array2string(goal, precision=2)}{unit}"
-    actors = meta.mu_actor, adapted_actor(config, meta, goal, args.updates, args.seed)
+    job = esmeta.EvalJob(config, meta, goal, 0, args.updates, args.seed)
+    *_, adapted = esmeta.adaptations(job)
+    actors = meta.mu_actor, adapted
     films = [film(config, meta, actor, goal, stride, args.seed) for actor in actors]
     plural = "s" * (args.updates > 1)
     frames = compose(films, (f"{config.task} before adaptation",
