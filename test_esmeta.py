@@ -1815,3 +1815,17 @@ def test_ray_actor_killed_in_an_iteration_changes_no_bit(ray, tmp_path, monkeypa
     monkeypatch.setattr(esmeta, "progress_bar", lambda total: progress)
     assert call(SLOW + " --iterations 3 --pool ray --processes 2", tmp_path / "run") == 0
     assert killed and bits(tmp_path / "run") == undisturbed(tmp_path / "quiet", 3, SLOW)
+
+
+# ---- extras: skipped where Pillow or matplotlib is not installed -----------------------------------
+
+
+def test_extra_scripts_draw_and_film(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("PIL")
+    run, film = tmp_path / "run", tmp_path / "point.gif"
+    assert call(TINY + " --iterations 2", run) == 0
+    for line in (f"results.figures {run}", f"results.video {run} --goal 0.1 0.2 --out {film}"):
+        subprocess.run([sys.executable, "-m", *line.split()], check=True,
+                       cwd=Path(esmeta.__file__).parent)
+    assert (run / "training.png").stat().st_size and film.stat().st_size
