@@ -1817,7 +1817,7 @@ def test_ray_actor_killed_in_an_iteration_changes_no_bit(ray, tmp_path, monkeypa
     assert killed and bits(tmp_path / "run") == undisturbed(tmp_path / "quiet", 3, SLOW)
 
 
-# ---- extras: skipped where Pillow or matplotlib is not installed -----------------------------------
+# ---- extras: skipped where Pillow or matplotlib is not installed -------------------------------
 
 
 def test_extra_scripts_draw_and_film(tmp_path):
