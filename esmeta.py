@@ -103,6 +103,7 @@ class Config:
 TASK_SETTINGS = {  # (ours), but for the rollouts of ant_dir (paper)
     "point_goal": dict(
         goals=2, test_rollouts=1, critic_updates=10, actor_step=1.5, lr_mu_actor=6.0),
+    "cheetah_vel": dict(test_rollouts=2),
     "cheetah_dir": dict(goals=2, risk=0.5, actor_step=5.0),
     "ant_dir": dict(goals=2, risk=0.5, actor_step=5.0, rollouts=40),
 }
