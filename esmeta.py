@@ -79,8 +79,8 @@ class Config:
     n_step: int = setting(20, "ours", "rewards in a critic target; 1: textbook DDPG", 1, 10**4)
     centre: bool = setting(True, "ours", "subtract the trajectories' mean reward from rewards")
     cycles: int = setting(1, "ours", "(fit critic, step actor) on the same data", 1, 10**4)
-    critic_updates: int = setting(25, "ours", "minibatches of the critic in a cycle", 1, 10**6)
-    critic_batch: int = setting(128, "ours", "rows in a minibatch", 1, 10**6)
+    critic_updates: int = setting(12, "ours", "minibatches of the critic in a cycle", 1, 10**6)
+    critic_batch: int = setting(256, "ours", "rows in a minibatch", 1, 10**6)
     critic_lr: float = setting(3e-3, "ours", "Adam rate of the critic", 0, 10)
     actor_batch: int = setting(512, "ours", "states that an actor step averages over", 1, 10**6)
     actor_rule: str = setting("sigma", "ours", "sigma: a step along sigma^2 grad; sgd: along grad")
@@ -215,6 +215,11 @@ def critic_init(dims, rng):
     return xavier(critic_shapes(dims), rng)
 
 
+def relu(z):
+    """max(z, 0) in place. NumPy compares with a row twice as fast as with a number."""
+    return np.maximum(z, np.zeros(z.shape[-1], z.dtype), out=z)
+
+
 def actor_forward(theta, obs, dims):
     """The policy a = tanh(W3 relu(W2 relu(W1 s))), biases everywhere.
 
@@ -222,8 +227,8 @@ def actor_forward(theta, obs, dims):
     obs (K, B, obs) -> action (K, B, act), cache.
     """
     w1, b1, w2, b2, w3, b3 = unpack(theta, actor_shapes(dims))
-    h1 = np.maximum(obs @ w1 + b1[..., None, :], 0)
-    h2 = np.maximum(h1 @ w2 + b2[..., None, :], 0)
+    h1 = relu(obs @ w1 + b1[..., None, :])
+    h2 = relu(h1 @ w2 + b2[..., None, :])
     action = np.tanh(h2 @ w3 + b3[..., None, :])
     return action, (theta, dims, obs, h1, h2, action)
 
@@ -239,9 +244,10 @@ def actor_backward(d_action, cache):
     d_z2 *= h2 > 0
     d_z1 = d_z2 @ w2.T
     d_z1 *= h1 > 0
+    ones = np.ones(len(obs), obs.dtype)
     for d_w, d_b, x, d_z in (d_w1, d_b1, obs, d_z1), (d_w2, d_b2, h1, d_z2), (d_w3, d_b3, h2, d_z3):
         np.matmul(x.T, d_z, out=d_w)
-        d_z.sum(0, out=d_b)
+        np.matmul(ones, d_z, out=d_b)
     return d_theta
 
 
@@ -250,34 +256,35 @@ def critic_forward(phi, obs, action, dims):
     w1, b1, w2, b2, w3, b3 = unpack(phi, critic_shapes(dims))
     h1 = obs @ w1
     h1 += b1
-    np.maximum(h1, 0, out=h1)
-    joined = np.concatenate([h1, action], axis=1)  # (B, hidden + act)
+    joined = np.concatenate([relu(h1), action], axis=1)  # (B, hidden + act)
     h2 = joined @ w2
     h2 += b2
-    np.maximum(h2, 0, out=h2)
+    relu(h2)
     return (h2 @ w3 + b3)[:, 0], (phi, dims, w2, w3, obs, joined, h2)
 
 
-def critic_hidden_gradients(d_q, cache):
-    """Gradients of sum(d_q * q) at layer 2: (B, hidden), and its input: (B, hidden + act)."""
-    _, _, w2, w3, _, _, h2 = cache
+def critic_layer2_gradient(d_q, cache):
+    """Gradient of sum(d_q * q) at the second hidden layer before its ReLU: (B,) -> (B, hidden)."""
+    _, _, _, w3, _, _, h2 = cache
     d_z2 = d_q[:, None] * w3[:, 0]
     d_z2 *= h2 > 0
-    return d_z2, d_z2 @ w2.T
+    return d_z2
 
 
 def critic_backward(d_q, cache):
     """Gradients of sum(d_q * q): d_q (B,) -> d_phi (P_c,), d_action (B, act)."""
-    phi, dims, _, _, obs, joined, h2 = cache
+    phi, dims, w2, _, obs, joined, h2 = cache
     d_phi = np.empty_like(phi)
     d_w1, d_b1, d_w2, d_b2, d_w3, d_b3 = unpack(d_phi, critic_shapes(dims))
-    d_z2, d_joined = critic_hidden_gradients(d_q, cache)
-    d_z1 = d_joined[:, : dims.hidden] * (joined[:, : dims.hidden] > 0)
+    d_z2 = critic_layer2_gradient(d_q, cache)
+    d_z1 = d_z2 @ w2[: dims.hidden].T
+    d_z1 *= joined[:, : dims.hidden] > 0
+    ones = np.ones(len(obs), obs.dtype)
     for d_w, d_b, x, d_z in (
             (d_w1, d_b1, obs, d_z1), (d_w2, d_b2, joined, d_z2), (d_w3, d_b3, h2, d_q[:, None])):
         np.matmul(x.T, d_z, out=d_w)
-        d_z.sum(0, out=d_b)
-    return d_phi, d_joined[:, dims.hidden :]
+        np.matmul(ones, d_z, out=d_b)
+    return d_phi, d_z2 @ w2[dims.hidden :].T
 
 
 # ---- DDPG: adapt the mean actor and the critic to one task ----------------------------------
@@ -363,10 +370,10 @@ def fit_critic(phi, obs, action, target, rows, lr, dims, adam=None, done=0):
     """
     phi = phi.copy()
     m, v = np.zeros((2, len(phi)), phi.dtype) if adam is None else adam
-    for t, batch in enumerate(rows, start=done + 1):
-        q, cache = critic_forward(phi, obs[batch], action[batch], dims)
-        d_q = (q - target[batch]) * phi.dtype.type(2 / len(batch))
-        d_phi, _ = critic_backward(d_q, cache)
+    batches = zip(obs[rows], action[rows], target[rows])
+    for t, (s, a, y) in enumerate(batches, start=done + 1):
+        q, cache = critic_forward(phi, s, a, dims)
+        d_phi, _ = critic_backward((q - y) * phi.dtype.type(2 / len(y)), cache)
         adam_step(phi, d_phi, m, v, t, lr)
     return phi
 
@@ -376,8 +383,8 @@ def policy_gradient(theta, phi, obs, dims):
     action, actor_cache = actor_forward(theta, obs, dims)
     _, critic_cache = critic_forward(phi, obs, action, dims)
     d_q = np.full(len(obs), 1 / len(obs), obs.dtype)
-    _, d_joined = critic_hidden_gradients(d_q, critic_cache)
-    return actor_backward(d_joined[:, dims.hidden :], actor_cache)
+    w2_action = critic_cache[2][dims.hidden :]  # (act, hidden); nothing below it depends on a
+    return actor_backward(critic_layer2_gradient(d_q, critic_cache) @ w2_action.T, actor_cache)
 
 
 def step_actor(theta, gradient, sigma, config):
@@ -617,11 +624,9 @@ def make_policy(theta, envs, dims):
     def policy(obs, out):
         np.matmul(obs.reshape(len(theta), envs, dims.obs), w1, out=h1)
         np.add(h1, b1, out=h1)
-        np.maximum(h1, 0, out=h1)
-        np.matmul(h1, w2, out=h2)
+        np.matmul(relu(h1), w2, out=h2)
         np.add(h2, b2, out=h2)
-        np.maximum(h2, 0, out=h2)
-        action = np.matmul(h2, w3)
+        action = np.matmul(relu(h2), w3)
         action += b3
         np.tanh(action.reshape(out.shape), out=out)
 

@@ -211,7 +211,7 @@ def test_formulas_keep_the_dtype_and_their_arguments(monkeypatch, dtype, rule):
         return checked
 
     names = ["actor_forward", "actor_backward", "critic_forward", "critic_backward",
-             "critic_hidden_gradients", "nstep_targets", "critic_targets", "fit_critic",
+             "critic_layer2_gradient", "nstep_targets", "critic_targets", "fit_critic",
              "state_values",
              "policy_gradient", "step_actor", "adapt", "summed_gradient", "natural_gradient"]
     for name in names:

@@ -152,7 +152,7 @@ class Recorder(np.ndarray):
     def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
         plain = lambda x: x.view(np.ndarray) if isinstance(x, Recorder) else x
         inputs = [plain(x) for x in inputs]
-        if ufunc is np.matmul:
+        if ufunc is np.matmul and inputs[0].ndim > 1:  # a row of ones times it: a sum
             Recorder.log.append([(x.shape, x.dtype, x.flags.c_contiguous) for x in inputs])
         if out:
             options["out"] = tuple(map(plain, out))
