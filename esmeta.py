@@ -769,6 +769,16 @@ def make_jobs(config, meta):
         for i in range(config.workers)]
 
 
+@contextlib.contextmanager
+def signals_held():
+    """SIGINT and SIGTERM wait for the end of the block: no half a worker, no half a file."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 class Crew:
     """The processes that work: a Pool, here or on a Ray cluster, that outlives its workers' deaths.
 
@@ -804,15 +814,11 @@ class Crew:
             # workers never draw: else each starts a process that looks for glfw, and may outlive it
             os.environ.setdefault("MUJOCO_GL", "off")
             resource_tracker.ensure_running()  # its start would unblock the signals
-            both = {signal.SIGINT, signal.SIGTERM}  # neither may come while half a worker is there
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, both)  # workers inherit it: no Ctrl-C
             self.others = multiprocessing.active_children()  # of who imported this module
-            try:
+            with signals_held():  # workers inherit it: they hear no Ctrl-C
                 self.pool = multiprocessing.get_context("spawn").Pool(
                     self.processes, signal.pthread_sigmask, (signal.SIG_UNBLOCK, {signal.SIGTERM}))
                 self.members = self.children()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return self.pool
 
     def close(self):
@@ -993,8 +999,9 @@ def save_checkpoint(path, config, meta):
     packages = {p.__name__: p.__version__ for p in (np, tasks.mujoco, tasks.gymnasium)}
     stored = {"version": 1, "config": dataclasses.asdict(config), "packages": packages}
     content = io.BytesIO()
-    np.savez(content, config=json.dumps(stored, sort_keys=True), **meta._asdict())
-    replace_file(path, content.getvalue())
+    with signals_held():  # an exception in savez leaves an archive that cannot be closed
+        np.savez(content, config=json.dumps(stored, sort_keys=True), **meta._asdict())
+        replace_file(path, content.getvalue())
 
 
 def load_checkpoint(path):

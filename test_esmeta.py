@@ -1507,6 +1507,21 @@ def test_fault_job_that_kills_its_worker_stops_the_run(processes, tmp_path, monk
     assert bits(tmp_path / "run") == undisturbed(tmp_path / "quiet", 1, TINY + " --seed 7")
 
 
+def test_fault_signal_while_a_checkpoint_is_written_waits(tmp_path, monkeypatch, capfd):
+    write = zipfile.ZipFile.open
+
+    def interrupted(archive, name, mode="r", **options):  # once numpy.savez has opened a member
+        member = write(archive, name, mode, **options)
+        if mode == "w":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return member
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", interrupted)
+    assert call(TINY + " --iterations 9 --processes 1", tmp_path / "run") == 143
+    assert "--resume" in one_line(capfd.readouterr().err)
+    assert iteration_of(tmp_path / "run") == 0  # the first one, whole
+
+
 @pytest.mark.parametrize("signum, send, delay", [
     (signal.SIGTERM, os.kill, None), (signal.SIGINT, os.kill, None),  # None: among the iterations
     (signal.SIGINT, os.killpg, None), (signal.SIGINT, os.killpg, 0.05),  # killpg: as Ctrl-C does
