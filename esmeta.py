@@ -115,7 +115,7 @@ PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, 
              antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
              lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0)
 ITERATIONS = dict(  # a run's default length (ours)
-    cheetah_vel=300, cheetah_dir=250, ant_vel=300, ant_dir=300, point_goal=60)
+    cheetah_vel=150, cheetah_dir=130, ant_vel=300, ant_dir=300, point_goal=60)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
 
 
@@ -1082,12 +1082,15 @@ def evaluate_goal(job):
         for actor in adaptations(job)])
 
 
-def meta_test(checkpoint, goals=None, updates=1, seed=0, processes=1):
+def meta_test(checkpoint, goals=None, updates=1, seed=0, processes=1, rollouts=None):
     """MAML's protocol: returns (updates + 1, n) on goals (n, ..), by default the 40 test goals.
 
-    checkpoint is a file or a run directory. Raises ValueError where it is none.
+    checkpoint is a file or a run directory. Each update has K explorers, those of the training
+    unless `rollouts` says how many. Raises ValueError where there is no checkpoint or K < 1.
     """
     config, meta = load_checkpoint(checkpoint)
+    if rollouts is not None:
+        config = check_config(dataclasses.replace(config, rollouts=rollouts))
     goals = tasks.test_goals(config.task) if goals is None else np.asarray(goals, float)
     jobs = [EvalJob(config, meta, goal, i, updates, seed) for i, goal in enumerate(goals)]
     if processes == 1:  # here: a script that calls this need not guard against being spawned
@@ -1124,10 +1127,11 @@ def interval(values):
     return np.mean(values), 1.96 * np.std(values) / math.sqrt(len(values))
 
 
-def report_eval(path, updates, processes):
-    """Meta-test a checkpoint, print the table, write eval.csv beside it."""
+def report_eval(path, updates, processes, rollouts=None):
+    """Meta-test a checkpoint, print the table, write eval.csv (eval-K<rollouts>.csv) beside it."""
     config, _ = load_checkpoint(path)
-    goals, returns = tasks.test_goals(config.task), meta_test(path, None, updates, 0, processes)
+    goals = tasks.test_goals(config.task)
+    returns = meta_test(path, goals, updates, 0, processes, rollouts)
     head = "".join(f"{'after ' + str(u) if u else 'before':>18}" for u in range(updates + 1))
     print(f"{config.task:<18}{head}")
     for goal, values in sorted(zip(goals.tolist(), returns.T.tolist())):
@@ -1151,7 +1155,8 @@ def report_eval(path, updates, processes):
     lines = [csv_line(("task", "goal", "updates", "return"))] + [
         csv_line((config.task, " ".join(f"{x:.6g}" for x in np.ravel(goal)), u, float(value)))
         for u, values in enumerate(returns) for goal, value in zip(goals, values)]
-    replace_file(folder / "eval.csv", "".join(lines).encode())
+    name = f"eval-K{rollouts}.csv" if rollouts else "eval.csv"
+    replace_file(folder / name, "".join(lines).encode())
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1176,7 +1181,8 @@ def make_parser():
     parser.add_argument("--out", help="run directory (default runs/<task>-seed<N>)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--paper", action="store_true", help="the paper's literal choices")
-    parser.add_argument("--eval", metavar="PATH", help="meta-test a checkpoint or run directory")
+    parser.add_argument("--eval", metavar="PATH", help="meta-test a checkpoint or run directory; "
+                        "--rollouts: with another K than it was trained with")
     parser.add_argument("--updates", type=int, default=1, help="adaptations in --eval (default 1)")
     parser.add_argument("--pool", choices=("local", "ray"), default="local",
                         help="of workers (default local)")
@@ -1207,7 +1213,7 @@ def run(argv):
         raise ValueError("--processes must be from 1 to 4096, --updates from 0 to 10000, --out a "
                          f"directory, not {processes}, {args.updates}, {args.out!r}")
     if args.eval is not None:
-        return report_eval(args.eval, args.updates, processes)
+        return report_eval(args.eval, args.updates, processes, args.rollouts)
     task = explicit.pop("task", Config.task)
     config = check_config(make_config(task, args.paper, **explicit))
     train(config, args.iterations, processes, args.out, args.resume, args.pool, args.ray_address)

@@ -37,6 +37,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 import tasks
 from esmeta import Dims
+from results import ablate, table
 
 SEED = st.integers(0, 2**32 - 1)
 SMALL = st.builds(Dims, st.integers(1, 4), st.integers(1, 3), st.integers(2, 4))
@@ -1344,6 +1345,19 @@ def test_system_eval_is_one_table_for_any_process_count(run_of_4, capsys):
     assert text.replace("\n", "").isprintable()
 
 
+def test_system_eval_with_another_number_of_explorers(run_of_4, no_pool, capsys):
+    names = {"": "eval.csv", "--rollouts 3": "eval-K3.csv", "--rollouts 9": "eval-K9.csv"}
+    for flags in names:
+        assert call(f"--eval {run_of_4} --processes 1 {flags}") == 0
+    own, same, more = (np.loadtxt(run_of_4 / name, delimiter=",", skiprows=1, usecols=-1)
+                       for name in names.values())
+    np.testing.assert_array_equal(own, same)  # it was trained with 3
+    np.testing.assert_array_equal(own[:40], more[:40])
+    assert (own[40:] != more[40:]).all()
+    assert call(f"--eval {run_of_4} --rollouts 0") == 2
+    assert "rollouts" in one_line(capsys.readouterr().err)
+
+
 def test_system_meta_test_on_any_goals(run_of_4, no_pool):
     two, everything = tasks.test_goals("point_goal")[:2], esmeta.meta_test(run_of_4)
     assert everything.shape == (2, 40) and np.isfinite(everything).all()
@@ -1430,6 +1444,32 @@ def test_system_committed_results_are_what_their_checkpoints_do(task):
     for updates, mean in enumerate(returns.mean(axis=1)):
         written = [float(row["return"]) for row in rows if row["updates"] == str(updates)][:4]
         assert mean == pytest.approx(np.mean(written), rel=0.1)
+
+
+@pytest.mark.parametrize("task", ["cheetah_vel", "cheetah_dir"])
+def test_system_committed_results_have_the_defaults(task):
+    folders = sorted((Path(esmeta.__file__).parent / "results").glob(f"{task}-seed*"))
+    assert len(folders) == 3
+    for seed, folder in enumerate(folders):
+        config, meta = esmeta.load_checkpoint(folder)
+        assert config == esmeta.make_config(task, seed=seed)
+        assert meta.iteration == esmeta.ITERATIONS[task]
+
+
+def test_system_readme_tables_are_those_of_the_committed_runs(capsys):
+    lines = (Path(esmeta.__file__).parent / "README.md").read_text().splitlines()
+    assert table.main() == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 8 and not set(rows) - set(lines)
+
+
+def test_system_ablations_run(capsys):
+    line = ["--task", "point_goal", "--iterations", "2", "--processes", "1", "--seeds", "2"]
+    assert ablate.main([*line, "workers=2 rollouts=2", "workers=2 rollouts=2 natural=false"]) == 0
+    one, other = capsys.readouterr().out.splitlines()
+    assert one.startswith("point_goal,2,2,workers=2 rollouts=2,-") and one != other
+    assert ablate.main(["risk=-1"]) == 2
+    assert capsys.readouterr().err.startswith("results.ablate: error: risk must be from 0")
 
 
 # ---- faults ------------------------------------------------------------------------------------

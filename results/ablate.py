@@ -1,0 +1,68 @@
+"""What a setting of the training is worth: short runs that differ in it, from the same seed.
+
+    python -m results.ablate                            # all of them, to results/ablations.csv
+    python -m results.ablate --task cheetah_vel goals=1  # some: prints, writes nothing
+
+One row a variant: mean and spread over seeds of `return_after`, averaged over the last quarter of
+the iterations. A variant is `name=value name=value`, the settings of the command line.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import esmeta
+import numpy as np
+from results.gain import parse
+
+TABLE = Path(__file__).parent / "ablations.csv"
+VARIANTS = [
+    "", "sigma_critic=0.01", "obs_clip=0", "test_rollouts=2", "antithetic=false",
+    # the rate of mu_a fits the raw returns' spread, the others stand still: theirs would not
+    "utility=raw lr_mu_actor=0.2 lr_sigma_actor=0 lr_mu_critic=0 lr_sigma_critic=0",
+    "lr_sigma_actor=0", "lr_sigma_actor=20", "lr_mu_critic=0", "lr_sigma_critic=0", "half_life=0"]
+
+
+def final_return(config, iterations, crew):
+    """Mean return after adaptation in the last quarter of a run; NaN where it cannot go on."""
+    meta, after = esmeta.initial_state(config), []
+    for _ in range(iterations):
+        try:
+            meta, row, _ = esmeta.iterate(config, meta, crew)
+        except RuntimeError:  # no worker has a finite fitness
+            return np.nan
+        after.append(row["return_after"])
+    return np.mean(after[-max(1, iterations // 4):])
+
+
+def main(argv=None):
+    """The program: -> exit status 0; 2 bad input."""
+    parser = esmeta.OneLineParser("results.ablate", description=__doc__)
+    parser.add_argument("variant", nargs="*", help="settings; none: all that README cites")
+    parser.add_argument("--task", default="cheetah_dir")
+    parser.add_argument("--iterations", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    try:
+        args = parser.parse_args(argv)
+        if min(args.iterations, args.seeds, args.processes) < 1:
+            raise ValueError("--iterations, --seeds and --processes must be at least 1")
+        variants = {v: [esmeta.check_config(esmeta.make_config(args.task, seed=s, **parse(v)))
+                        for s in range(args.seeds)] for v in args.variant or VARIANTS}
+        lines = ["task,iterations,seeds,variant,return_after,spread"]
+        with esmeta.Crew(args.processes) as crew:
+            for variant, configs in variants.items():
+                values = [final_return(config, args.iterations, crew) for config in configs]
+                lines.append(f"{args.task},{args.iterations},{args.seeds},{variant or 'default'},"
+                             f"{np.mean(values):.1f},{np.ptp(values):.1f}")
+                print(lines[-1], flush=True)
+        if not args.variant:
+            TABLE.write_text("\n".join(lines) + "\n")
+    except ValueError as error:
+        print(f"results.ablate: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
