@@ -110,8 +110,8 @@ TASK_SETTINGS = {  # (ours), but for the rollouts of ant_dir (paper)
 # The paper's literal form. It names no rates: those of DDPG are Lillicrap's (2015), those of raw
 # Eq. 10 are small because its gradient is 1 / sigma^2 times raw returns
 PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, cycles=50,
-             critic_updates=1, critic_lr=1e-3, actor_batch=128, actor_rule="sgd", actor_step=1e-4,
-             target_tau=1e-3, shrink=1.0, goals=1, risk=0.0, test_rollouts=1,
+             critic_updates=1, critic_batch=128, critic_lr=1e-3, actor_batch=128, actor_rule="sgd",
+             actor_step=1e-4, target_tau=1e-3, shrink=1.0, goals=1, risk=0.0, test_rollouts=1,
              antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
              lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0)
 ITERATIONS = dict(  # a run's default length (ours)
