@@ -38,7 +38,7 @@ def final_return(config, iterations, crew):
 def main(argv=None):
     """The program: -> exit status 0; 2 bad input."""
     parser = esmeta.OneLineParser("results.ablate", description=__doc__)
-    parser.add_argument("variant", nargs="*", help="settings; none: all that README cites")
+    parser.add_argument("variant", nargs="*", help="settings; none: VARIANTS")
     parser.add_argument("--task", default="cheetah_dir")
     parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1)
