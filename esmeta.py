@@ -773,9 +773,18 @@ def make_jobs(config, meta):
 def signals_held():
     """SIGINT and SIGTERM wait for the end of the block: no half a worker, no half a file."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    came, handlers = [], {}
+    # the mask is of this thread: what another one receives, Python would handle here at once
+    if threading.current_thread() is threading.main_thread():
+        for signum in signal.SIGINT, signal.SIGTERM:
+            handlers[signum] = signal.signal(signum, lambda signum, _: came.append(signum))
     try:
         yield
     finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for signum in came:
+            signal.raise_signal(signum)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 

@@ -19,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -1547,17 +1548,25 @@ def test_fault_job_that_kills_its_worker_stops_the_run(processes, tmp_path, monk
     assert bits(tmp_path / "run") == undisturbed(tmp_path / "quiet", 1, TINY + " --seed 7")
 
 
-def test_fault_signal_while_a_checkpoint_is_written_waits(tmp_path, monkeypatch, capfd):
-    write = zipfile.ZipFile.open
+@pytest.mark.parametrize("receiver", ["this thread", "another thread"])
+def test_fault_signal_while_a_checkpoint_is_written_waits(receiver, tmp_path, monkeypatch, capfd):
+    write, done = zipfile.ZipFile.open, threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    thread = other.ident if receiver == "another thread" else threading.get_ident()
 
     def interrupted(archive, name, mode="r", **options):  # once numpy.savez has opened a member
         member = write(archive, name, mode, **options)
         if mode == "w":
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(thread, signal.SIGTERM)
+            time.sleep(0.01)  # until the other thread has it
         return member
 
     monkeypatch.setattr(zipfile.ZipFile, "open", interrupted)
-    assert call(TINY + " --iterations 9 --processes 1", tmp_path / "run") == 143
+    try:
+        assert call(TINY + " --iterations 9 --processes 1", tmp_path / "run") == 143
+    finally:
+        done.set()
     assert "--resume" in one_line(capfd.readouterr().err)
     assert iteration_of(tmp_path / "run") == 0  # the first one, whole
 
