@@ -89,6 +89,7 @@ class Config:
     target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
     goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
     risk: float = setting(0.0, "ours", "stds over its tasks that a worker's fitness loses", 0, 10)
+    own_credit: float = setting(0.0, "ours", "weight of an explorer's own return beside F", 0, 100)
     test_rollouts: int = setting(4, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
     antithetic: bool = setting(True, "ours", "workers in pairs of eps and -eps on common seeds")
     utility: str = setting("rank", "ours", "rank: utilities in [-0.5, 0.5]; raw: the fitness")
@@ -105,14 +106,15 @@ TASK_SETTINGS = {  # (ours), but for the rollouts of ant_dir (paper)
         goals=2, test_rollouts=1, critic_updates=10, actor_step=1.5, lr_mu_actor=6.0),
     "cheetah_vel": dict(test_rollouts=2),
     "cheetah_dir": dict(goals=2, risk=0.5, actor_step=5.0),
+    "ant_vel": dict(own_credit=6.0),
     "ant_dir": dict(goals=2, risk=0.5, actor_step=5.0, rollouts=40),
 }
 # The paper's literal form. It names no rates: those of DDPG are Lillicrap's (2015), those of raw
 # Eq. 10 are small because its gradient is 1 / sigma^2 times raw returns
 PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, cycles=50,
              critic_updates=1, critic_batch=128, critic_lr=1e-3, actor_batch=128, actor_rule="sgd",
-             actor_step=1e-4, target_tau=1e-3, shrink=1.0, goals=1, risk=0.0, test_rollouts=1,
-             antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
+             actor_step=1e-4, target_tau=1e-3, shrink=1.0, goals=1, risk=0.0, own_credit=0.0,
+             test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
              lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0)
 ITERATIONS = dict(  # a run's default length (ours)
     cheetah_vel=150, cheetah_dir=130, ant_vel=300, ant_dir=300, point_goal=60)
@@ -516,14 +518,20 @@ def ascend(mu, sigma, eps_sum, eps_square, fitness, k, rho, lr_mu, lr_sigma, con
 
 
 def update_distribution(meta, results, config):
-    """One step of mu and sigma of actor and critic: -> MetaState, |change of mu_a| / |mu_a|."""
-    eps_sum, eps_square, eps_critic = (
+    """One step of mu and sigma of actor and critic: -> MetaState, |change of mu_a| / |mu_a|.
+
+    mu_a also climbs what its K actors get before adaptation, own_credit times as fast as F: along
+    its natural gradient sigma / (M K) sum_i sum_j r_ij eps_ij, r_ij the ranks within a worker.
+    """
+    eps_own, eps_sum, eps_square, eps_critic = (
         np.stack(part) for part in zip(*(result.noise for result in results)))  # (M, P) each
     rate = 0.5 ** (meta.iteration / config.half_life) if config.half_life else 1.0
     mu_actor, sigma_actor = ascend(
         meta.mu_actor, meta.sigma_actor, eps_sum, eps_square,
         np.array([result.fitness_actor for result in results]), config.rollouts,
         config.correlation, rate * config.lr_mu_actor, config.lr_sigma_actor, config)
+    own_step = rate * config.lr_mu_actor * config.own_credit / config.rollouts
+    mu_actor = mu_actor + own_step * meta.sigma_actor * eps_own.mean(axis=0)
     mu_critic, sigma_critic = ascend(
         meta.mu_critic, meta.sigma_critic, eps_critic, eps_critic**2,
         np.array([result.fitness_critic for result in results]), 1,
@@ -572,8 +580,8 @@ class Result(NamedTuple):
     return_explorers: float
     return_after: float
     env_steps: int
-    # sum_j eps, sum_j eps^2 (P,), eps of the critic (P_c,): to draw the noise again would cost the
-    # main process 3.7 ms a worker (cheetah, K = 20), to receive these sums costs it 0.6 ms
+    # sum_j r_j eps, sum_j eps, sum_j eps^2 (P,), eps of the critic (P_c,): to draw the noise again
+    # costs the main process 3.7 ms a worker (cheetah, K = 20), to receive three such sums 0.6 ms
     noise: tuple
     moments: tuple  # count, mean and summed squared deviations of the explorers' observations
 
@@ -723,6 +731,7 @@ def evaluate_worker(job):
               for i, goal in enumerate(goals)]
     after = [test.returns().mean() for test in tested]  # (G,)
     seen = [data.valid for data in scored]
+    own = centred_ranks(np.mean([data.returns() for data in datas], axis=0))  # (K,), r_ij
     return Result(
         fitness_actor=np.mean(after) - config.risk * np.std(after),
         fitness_critic=-np.mean([
@@ -732,7 +741,8 @@ def evaluate_worker(job):
         return_explorers=np.mean([data.returns().mean() for data in datas]),
         return_after=np.mean(after),
         env_steps=int(np.any(seen, axis=0).sum() + sum(test.valid.sum() for test in tested)),
-        noise=(eps.sum(axis=0), np.einsum("kp,kp->p", eps, eps), eps_critic),
+        noise=(own.astype(eps.dtype) @ eps, eps.sum(axis=0), np.einsum("kp,kp->p", eps, eps),
+               eps_critic),
         moments=moments(run.raw[:-1, :k][np.any(seen, axis=0)[:, :k]]))
 
 

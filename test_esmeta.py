@@ -598,14 +598,18 @@ def test_update_distribution_has_four_learning_rates():
     F_actor, F_critic = rng.standard_normal((2, 6))
     actor, critic = (rng.normal(size=5), np.full(5, 0.2)), (rng.normal(size=4), np.full(4, 0.3))
     meta = esmeta.MetaState(*actor, *critic, 0.0, 0, 0, iteration=7, env_steps=0)
-    results = [esmeta.Result(*f, 0, 0, 0, 0, (e.sum(0), (e**2).sum(0), e_critic), ())
-               for *f, e, e_critic in zip(F_actor, F_critic, eps, eps_critic)]
+    eps_own = rng.standard_normal((6, 5))
+    results = [esmeta.Result(*f, 0, 0, 0, 0, (own, e.sum(0), (e**2).sum(0), e_critic), ())
+               for *f, own, e, e_critic in zip(F_actor, F_critic, eps_own, eps, eps_critic)]
     expected = (
         *esmeta.ascend(*actor, eps.sum(1), (eps**2).sum(1), F_actor, 3, 0.5, 1.0, 0.2, config),
         *esmeta.ascend(*critic, eps_critic, eps_critic**2, F_critic, 1, 0.0, 3.0, 0.4, config))
     new, ratio = esmeta.update_distribution(meta, results, config)
     assert all(map(np.array_equal, new[:4], expected)) and new[4:] == meta[4:]
     close(ratio, np.linalg.norm(expected[0] - actor[0]) / np.linalg.norm(actor[0]))
+    config = dataclasses.replace(config, own_credit=2.0)
+    new, _ = esmeta.update_distribution(meta, results, config)
+    close(new.mu_actor, expected[0] + 2 * 0.2 * eps_own.sum(0) / (6 * 3))
     later, _ = esmeta.update_distribution(
         meta, results, dataclasses.replace(config, half_life=3.5))  # two of them
     close(later.mu_actor - meta.mu_actor, (new.mu_actor - meta.mu_actor) / 4)
@@ -1312,7 +1316,8 @@ def test_system_shared_exploration_is_what_each_goal_alone_gives(name):
         obs_count=10.0, obs_mean=np.full(dims.obs, 0.1), obs_m2=np.full(dims.obs, 40.0))
     job = esmeta.make_jobs(config, meta)[3]
     result = esmeta.evaluate_worker(job)
-    theta = meta.mu_actor + meta.sigma_actor * esmeta.sample_noise(config, 0, 3, dims)[0]
+    eps, _ = esmeta.sample_noise(config, 0, 3, dims)
+    theta = meta.mu_actor + meta.sigma_actor * eps
     theta = np.vstack([theta, theta.mean(axis=0)])  # (K + 1, P)
     starts = esmeta.generator(esmeta.STARTS, 0, 0, 1).integers(2**31, size=k + 2)[: k + 1].tolist()
     returns = np.zeros((2, k + 1))
@@ -1327,6 +1332,8 @@ def test_system_shared_exploration_is_what_each_goal_alone_gives(name):
             alive &= ~terminated
     np.testing.assert_allclose(result.return_explorers, returns[:, :k].mean(), rtol=1e-5)
     np.testing.assert_allclose(result.return_before, returns[:, k].mean(), rtol=1e-5)
+    best_last = returns[:, :k].mean(axis=0).argsort()  # r_j: -0.5, 0, 0.5
+    close(result.noise[0], (eps[best_last[2]] - eps[best_last[0]]) / 2, 1e-5)
 
 
 def test_system_eval_is_one_table_for_any_process_count(run_of_4, capsys):
