@@ -89,7 +89,7 @@ class Config:
     target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
     goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
     risk: float = setting(0.0, "ours", "stds over its tasks that a worker's fitness loses", 0, 10)
-    own_credit: float = setting(0.0, "ours", "weight of an explorer's own return beside F", 0, 100)
+    own_credit: float = setting(0.0, "ours", "weight of an explorer's own returns beside F", 0, 100)
     test_rollouts: int = setting(4, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
     antithetic: bool = setting(True, "ours", "workers in pairs of eps and -eps on common seeds")
     utility: str = setting("rank", "ours", "rank: utilities in [-0.5, 0.5]; raw: the fitness")
@@ -101,13 +101,13 @@ class Config:
     half_life: float = setting(150.0, "ours", "iterations that halve lr_mu; 0: constant", 0, 1e9)
 
 
-TASK_SETTINGS = {  # (ours), but for the rollouts of ant_dir (paper)
+TASK_SETTINGS = {  # (ours)
     "point_goal": dict(
         goals=2, test_rollouts=1, critic_updates=10, actor_step=1.5, lr_mu_actor=6.0),
     "cheetah_vel": dict(test_rollouts=2),
     "cheetah_dir": dict(goals=2, risk=0.5, actor_step=5.0),
-    "ant_vel": dict(own_credit=6.0),
-    "ant_dir": dict(goals=2, risk=0.5, actor_step=5.0, rollouts=40),
+    "ant_vel": dict(test_rollouts=5, own_credit=6.0),
+    "ant_dir": dict(goals=2, risk=0.5, actor_step=5.0, test_rollouts=10, own_credit=6.0),
 }
 # The paper's literal form. It names no rates: those of DDPG are Lillicrap's (2015), those of raw
 # Eq. 10 are small because its gradient is 1 / sigma^2 times raw returns
@@ -520,8 +520,8 @@ def ascend(mu, sigma, eps_sum, eps_square, fitness, k, rho, lr_mu, lr_sigma, con
 def update_distribution(meta, results, config):
     """One step of mu and sigma of actor and critic: -> MetaState, |change of mu_a| / |mu_a|.
 
-    mu_a also climbs what its K actors get before adaptation, own_credit times as fast as F: along
-    its natural gradient sigma / (M K) sum_i sum_j r_ij eps_ij, r_ij the ranks within a worker.
+    mu_a also climbs what each explorer gets for itself, own_credit times as fast as F: along the
+    natural gradient sigma / (M K) sum_i sum_j r_ij eps_ij, r_ij the own_ranks of worker i.
     """
     eps_own, eps_sum, eps_square, eps_critic = (
         np.stack(part) for part in zip(*(result.noise for result in results)))  # (M, P) each
@@ -706,6 +706,17 @@ def sample_noise(config, iteration, worker, dims):
     return sign * eps, sign * eps_critic
 
 
+def own_ranks(before, after):
+    """Centred ranks r (K,) of a worker's explorers by their own returns, before and after a step.
+
+    before (G, K) on each task; after (G, T), test t of task g being of explorer (g T + t) mod K
+    and counted from the mean of its task's tests.
+    """
+    own = before.mean(axis=0)
+    np.add.at(own, np.arange(after.size) % len(own), (after - after.mean(axis=1)[:, None]).ravel())
+    return centred_ranks(own)
+
+
 @np.errstate(all="ignore")  # a worker that diverges ranks last and is counted, which says enough
 def evaluate_worker(job):
     """The body of Algorithm 1's loop over workers, its tasks side by side: Job -> Result."""
@@ -725,20 +736,24 @@ def evaluate_worker(job):
     value = state_values(theta_bar, phi, run.obs[:, :k], dims)
     adapted = [adapt(theta_bar, phi, data, meta.sigma_actor, config, dims,
                      generator(DATA, config.seed, meta.iteration, stream), value) for data in datas]
-    tests = rollout(name, np.stack([theta for theta, _ in adapted]),
-                    np.tile(starts[k + 1 :], len(goals)), normalise)
-    tested = [tests.part(i * config.test_rollouts, (i + 1) * config.test_rollouts).score(name, goal)
-              for i, goal in enumerate(goals)]
-    after = [test.returns().mean() for test in tested]  # (G,)
+    n, actors = config.test_rollouts, np.stack([actor for actor, _ in adapted])  # (G, P)
+    if config.own_credit:  # what one explorer each gets from the worker's step, not theta_bar
+        explorers = theta[np.arange(len(goals) * n) % k]
+        actors = explorers + np.repeat(actors - theta_bar, n, axis=0)  # (G n, P)
+    tests = rollout(name, actors, np.tile(starts[k + 1 :], len(goals)), normalise)
+    tested = [tests.part(i * n, (i + 1) * n).score(name, goal) for i, goal in enumerate(goals)]
+    before = np.array([data.returns() for data in scored])  # (G, K + 1)
+    after = np.array([test.returns() for test in tested])  # (G, n)
+    fitness = after.mean(axis=1)  # (G,)
+    own = own_ranks(before[:, :k], after) if config.own_credit else np.zeros(k)
     seen = [data.valid for data in scored]
-    own = centred_ranks(np.mean([data.returns() for data in datas], axis=0))  # (K,), r_ij
     return Result(
-        fitness_actor=np.mean(after) - config.risk * np.std(after),
+        fitness_actor=np.mean(fitness) - config.risk * np.std(fitness),
         fitness_critic=-np.mean([
             critic_error(*pair, test, mean_reward(data, config), config, dims)
             for pair, test, data in zip(adapted, tested, datas)]),
-        return_before=np.mean([data.returns()[k] for data in scored]),
-        return_explorers=np.mean([data.returns().mean() for data in datas]),
+        return_before=np.mean(before[:, k]),
+        return_explorers=np.mean(before[:, :k]),
         return_after=np.mean(after),
         env_steps=int(np.any(seen, axis=0).sum() + sum(test.valid.sum() for test in tested)),
         noise=(own.astype(eps.dtype) @ eps, eps.sum(axis=0), np.einsum("kp,kp->p", eps, eps),
