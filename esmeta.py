@@ -1119,12 +1119,12 @@ def evaluate_goal(job):
 def meta_test(checkpoint, goals=None, updates=1, seed=0, processes=1, rollouts=None):
     """MAML's protocol: returns (updates + 1, n) on goals (n, ..), by default the 40 test goals.
 
-    checkpoint is a file or a run directory. Each update has K explorers, those of the training
-    unless `rollouts` says how many. Raises ValueError where there is no checkpoint or K < 1.
+    checkpoint is a file or a run directory. Each update has K = `rollouts` explorers, by default as
+    many as MAML had. Raises ValueError where there is no checkpoint or K < 1.
     """
     config, meta = load_checkpoint(checkpoint)
-    if rollouts is not None:
-        config = check_config(dataclasses.replace(config, rollouts=rollouts))
+    rollouts = tasks.TASKS[config.task].rollouts if rollouts is None else rollouts
+    config = check_config(dataclasses.replace(config, rollouts=rollouts))
     goals = tasks.test_goals(config.task) if goals is None else np.asarray(goals, float)
     jobs = [EvalJob(config, meta, goal, i, updates, seed) for i, goal in enumerate(goals)]
     if processes == 1:  # here: a script that calls this need not guard against being spawned
@@ -1216,7 +1216,7 @@ def make_parser():
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--paper", action="store_true", help="the paper's literal choices")
     parser.add_argument("--eval", metavar="PATH", help="meta-test a checkpoint or run directory; "
-                        "--rollouts: with another K than it was trained with")
+                        "--rollouts: with another K than MAML's")
     parser.add_argument("--updates", type=int, default=1, help="adaptations in --eval (default 1)")
     parser.add_argument("--pool", choices=("local", "ray"), default="local",
                         help="of workers (default local)")

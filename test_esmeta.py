@@ -573,6 +573,20 @@ def test_ascend_is_one_sgd_step(natural, rho=0.5):
             close(far, np.clip(limit, 1e-5, 1.0), 1e-6)
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 5), st.integers(2, 6))
+def test_own_ranks(seed, goals, tests, k):
+    rng = np.random.default_rng(seed)
+    before, after = rng.standard_normal((goals, k)), rng.standard_normal((goals, tests))
+    own = [before[:, j].mean() for j in range(k)]
+    for g, t in itertools.product(range(goals), range(tests)):
+        own[(g * tests + t) % k] += after[g, t] - after[g].mean()
+    r = esmeta.own_ranks(before, after)
+    close(r, esmeta.centred_ranks(np.array(own)))
+    close(r.sum(), 0, 1e-12)
+    shift = rng.standard_normal((goals, 1))  # a hard task is no explorer's fault
+    close(esmeta.own_ranks(before + shift, after - 3 * shift), r)
+
+
 @pytest.mark.parametrize("antithetic", [True, False])
 @pytest.mark.parametrize("a, goal, lr_mu", [(-1, 0.3, 3.0), (-1, 0.0, 0.0), (1, 0.0, 0.0)])
 def test_ascend_climbs_and_learns_sigma(antithetic, a, goal, lr_mu):
@@ -1332,8 +1346,35 @@ def test_system_shared_exploration_is_what_each_goal_alone_gives(name):
             alive &= ~terminated
     np.testing.assert_allclose(result.return_explorers, returns[:, :k].mean(), rtol=1e-5)
     np.testing.assert_allclose(result.return_before, returns[:, k].mean(), rtol=1e-5)
-    best_last = returns[:, :k].mean(axis=0).argsort()  # r_j: -0.5, 0, 0.5
-    close(result.noise[0], (eps[best_last[2]] - eps[best_last[0]]) / 2, 1e-5)
+
+
+@pytest.mark.parametrize("own_credit", [0.0, 2.0])
+def test_system_what_the_fitness_tests(own_credit):
+    """theta_bar + move; with own_credit each explorer + move, which counts for that explorer."""
+    name, dims = "point_goal", esmeta.task_dims("point_goal")
+    config = tiny_config(goals=2, rollouts=4, test_rollouts=2, own_credit=own_credit, risk=0.7)
+    meta = esmeta.initial_state(config)
+    job = esmeta.make_jobs(config, meta)[1]
+    result, eps = esmeta.evaluate_worker(job), esmeta.sample_noise(config, 0, 1, dims)[0]
+    theta, moves = meta.mu_actor + meta.sigma_actor * eps, []
+    adapt = esmeta.adapt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(esmeta, "adapt", lambda theta_bar, *rest: moves.append(
+            (adapted := adapt(theta_bar, *rest))[0] - theta_bar) or adapted)
+        assert str(esmeta.evaluate_worker(job)) == str(result) and len(moves) == 2
+    starts = esmeta.generator(esmeta.STARTS, 0, 0, 0).integers(2**31, size=4 + 1 + 2)
+    after, copy = np.zeros((2, 2)), esmeta.make_normaliser(meta, config)
+    for (g, t), j in zip(np.ndindex(2, 2), range(4)):
+        actor = (theta[j] if own_credit else theta.mean(axis=0)) + moves[g]
+        run = esmeta.rollout(name, actor[None], starts[5 + t :][:1], copy)
+        after[g, t] = run.score(name, job.goals[g]).returns()[0]
+    close(result.return_after, after.mean(), 1e-4)
+    fitness = after.mean(axis=1)
+    close(result.fitness_actor, fitness.mean() - 0.7 * fitness.std(), 1e-4)
+    explored = esmeta.rollout(name, theta, starts[:4], copy)
+    before = np.array([explored.score(name, goal).returns() for goal in job.goals])
+    r = esmeta.own_ranks(before, after) if own_credit else np.zeros(4)
+    close(result.noise[0], r @ eps, 1e-4)
 
 
 def test_system_eval_is_one_table_for_any_process_count(run_of_4, capsys):
