@@ -106,8 +106,9 @@ TASK_SETTINGS = {  # (ours)
         goals=2, test_rollouts=1, critic_updates=10, actor_step=1.5, lr_mu_actor=6.0),
     "cheetah_vel": dict(test_rollouts=2),
     "cheetah_dir": dict(goals=2, risk=0.5, actor_step=5.0),
-    "ant_vel": dict(test_rollouts=5, own_credit=6.0),
-    "ant_dir": dict(goals=2, risk=0.5, actor_step=5.0, test_rollouts=10, own_credit=6.0),
+    "ant_vel": dict(test_rollouts=5, own_credit=6.0, lr_mu_actor=8.0, half_life=50.0),
+    "ant_dir": dict(goals=2, risk=0.5, actor_step=5.0, test_rollouts=10, own_credit=6.0,
+                    lr_mu_actor=8.0, half_life=50.0),
 }
 # The paper's literal form. It names no rates: those of DDPG are Lillicrap's (2015), those of raw
 # Eq. 10 are small because its gradient is 1 / sigma^2 times raw returns
@@ -117,7 +118,7 @@ PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, 
              test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
              lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0)
 ITERATIONS = dict(  # a run's default length (ours)
-    cheetah_vel=150, cheetah_dir=130, ant_vel=300, ant_dir=300, point_goal=60)
+    cheetah_vel=150, cheetah_dir=130, ant_vel=100, ant_dir=100, point_goal=60)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
 
 
