@@ -124,8 +124,9 @@ EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
 
 def make_config(task, paper=False, **explicit):
     """Config from defaults, the task's settings, the --paper preset, then explicit values."""
-    return Config(task=task, **{**TASK_SETTINGS.get(tasks.find_task(task).name, {}),
-                                **(PAPER if paper else {}), **explicit})
+    k = tasks.find_task(task).rollouts  # 40 on ant_dir, whose training takes 20 otherwise (ours)
+    return Config(task=task, **{**TASK_SETTINGS.get(task, {}),
+                                **(dict(PAPER, rollouts=k) if paper else {}), **explicit})
 
 
 def check_config(config):

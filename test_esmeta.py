@@ -1395,14 +1395,14 @@ def test_system_eval_is_one_table_for_any_process_count(run_of_4, capsys):
 
 
 def test_system_eval_with_another_number_of_explorers(run_of_4, no_pool, capsys):
-    names = {"": "eval.csv", "--rollouts 3": "eval-K3.csv", "--rollouts 9": "eval-K9.csv"}
+    names = {"": "eval.csv", "--rollouts 20": "eval-K20.csv", "--rollouts 9": "eval-K9.csv"}
     for flags in names:
         assert call(f"--eval {run_of_4} --processes 1 {flags}") == 0
-    own, same, more = (np.loadtxt(run_of_4 / name, delimiter=",", skiprows=1, usecols=-1)
+    own, same, fewer = (np.loadtxt(run_of_4 / name, delimiter=",", skiprows=1, usecols=-1)
                        for name in names.values())
-    np.testing.assert_array_equal(own, same)  # it was trained with 3
-    np.testing.assert_array_equal(own[:40], more[:40])
-    assert (own[40:] != more[40:]).all()
+    np.testing.assert_array_equal(own, same)  # MAML's; it was trained with 3
+    np.testing.assert_array_equal(own[:40], fewer[:40])
+    assert (own[40:] != fewer[40:]).all()
     assert call(f"--eval {run_of_4} --rollouts 0") == 2
     assert "rollouts" in one_line(capsys.readouterr().err)
 

@@ -52,9 +52,9 @@ def read_config(folder):
     return config
 
 
-def read_eval(folder, task):
-    """A run's eval.csv: -> goals (n,), returns (updates + 1, n); None where there is none."""
-    path = Path(folder) / "eval.csv"
+def read_eval(folder, task, name="eval.csv"):
+    """A run's meta-test: -> goals (n,), returns (updates + 1, n); None where there is none."""
+    path = Path(folder) / name
     if not path.is_file():
         return None
     try:

@@ -30,10 +30,10 @@ def spread(seeds):
     return f"{mean:.1f} ± {half:.1f}" + (f" ({each})" if len(seeds) > 1 else "")
 
 
-def returns(task):
+def returns(task, name="eval.csv"):
     """Goals (n,) and returns (seeds, updates + 1, n) of the committed meta-tests of a task."""
-    tested = [read_eval(folder, task) for folder in find_runs(task)]
-    return tested[0][0], np.array([values for _, values in tested])
+    tested = [t for t in (read_eval(folder, task, name) for folder in find_runs(task)) if t]
+    return (tested[0][0], np.array([values for _, values in tested])) if tested else (None, None)
 
 
 def results_table():
@@ -51,6 +51,9 @@ def results_table():
             if tasks.find_task(task).direction:
                 part = values[:, :, goals == sign]
                 yield row([label, *(spread(part[:, u]) for u in range(4)), "", "", "", ""])
+        _, fewer = returns(task, "eval-K20.csv")
+        if fewer is not None:
+            yield row(["with K = 20", *(spread(fewer[:, u]) for u in range(4)), "", "", "", ""])
 
 
 def others(task):
