@@ -1484,21 +1484,21 @@ def test_system_point_goal_learns(tmp_path):
     assert np.mean(after[-3:]) > after[0] + MARGIN
 
 
-@pytest.mark.parametrize("task", ["cheetah_vel", "cheetah_dir"])
+@pytest.mark.parametrize("task", MUJOCO_TASKS)
 def test_system_committed_results_are_what_their_checkpoints_do(task):
-    """The first 4 goals of a committed eval.csv, to 10 %: another CPU type rounds differently."""
+    """The first 4 goals of a committed eval.csv, to 10 % or 10: other CPUs round differently."""
     folder = Path(esmeta.__file__).parent / "results" / f"{task}-seed0"
     rows = list(csv.DictReader((folder / "eval.csv").open()))
     returns = esmeta.meta_test(folder, tasks.test_goals(task)[:4])
     for updates, mean in enumerate(returns.mean(axis=1)):
         written = [float(row["return"]) for row in rows if row["updates"] == str(updates)][:4]
-        assert mean == pytest.approx(np.mean(written), rel=0.1)
+        assert mean == pytest.approx(np.mean(written), rel=0.1, abs=10)
 
 
-@pytest.mark.parametrize("task", ["cheetah_vel", "cheetah_dir"])
+@pytest.mark.parametrize("task", MUJOCO_TASKS)
 def test_system_committed_results_have_the_defaults(task):
     folders = sorted((Path(esmeta.__file__).parent / "results").glob(f"{task}-seed*"))
-    assert len(folders) == 3
+    assert len(folders) == (3 if task.startswith("cheetah") else 1)
     for seed, folder in enumerate(folders):
         config, meta = esmeta.load_checkpoint(folder)
         assert config == esmeta.make_config(task, seed=seed)
