@@ -1495,6 +1495,9 @@ def test_system_committed_results_are_what_their_checkpoints_do(task):
         assert mean == pytest.approx(np.mean(written), rel=0.1, abs=10)
 
 
+UNFINISHED = ["ant_dir"]  # as README says; --resume goes on
+
+
 @pytest.mark.parametrize("task", MUJOCO_TASKS)
 def test_system_committed_results_have_the_defaults(task):
     folders = sorted((Path(esmeta.__file__).parent / "results").glob(f"{task}-seed*"))
@@ -1502,7 +1505,8 @@ def test_system_committed_results_have_the_defaults(task):
     for seed, folder in enumerate(folders):
         config, meta = esmeta.load_checkpoint(folder)
         assert config == esmeta.make_config(task, seed=seed)
-        assert meta.iteration == esmeta.ITERATIONS[task]
+        whole = esmeta.ITERATIONS[task]
+        assert meta.iteration < whole if task in UNFINISHED else meta.iteration == whole
 
 
 def test_system_readme_tables_are_those_of_the_committed_runs(capsys):
