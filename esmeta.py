@@ -117,7 +117,7 @@ PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, 
              test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
              lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0)
 ITERATIONS = dict(  # a run's default length (ours)
-    cheetah_vel=100, cheetah_dir=100, ant_vel=100, ant_dir=100, point_goal=60)
+    cheetah_vel=100, cheetah_dir=100, ant_vel=100, ant_dir=60, point_goal=60)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
 
 
@@ -322,6 +322,11 @@ class Trajectories(NamedTuple):
         """Undiscounted return of each trajectory, (N,)."""
         return np.sum(self.reward, axis=0, where=self.valid, dtype=np.float64)
 
+    def rows(self, x):
+        """What x (H, N, ..) has at the B valid steps: (B, ..)."""
+        # a mask that lets all pass costs six times a copy
+        return x.reshape(-1, *x.shape[2:]) if self.valid.all() else x[self.valid]
+
     def part(self, start, stop):
         """Trajectories start .. stop - 1 alone."""
         return Trajectories(*(array[:, start:stop] for array in self))
@@ -342,7 +347,7 @@ def nstep_targets(reward, terminated, value, gamma, n):
 
 def mean_reward(data, config):
     """What is subtracted from rewards: their mean over the valid rows where centred, else 0."""
-    return data.reward[data.valid].mean() if config.centre else 0.0
+    return data.rows(data.reward).mean() if config.centre else 0.0
 
 
 def state_values(theta, phi, obs, dims):
@@ -368,8 +373,8 @@ def critic_targets(value, data, centre, config):
 def critic_error(theta, phi, data, centre, config, dims):
     """Mean of (Q_phi(s, a) - y)^2 over the valid rows of data, y from theta and phi themselves."""
     value = state_values(theta, phi, data.obs, dims)
-    target = critic_targets(value, data, centre, config)[data.valid]
-    q, _ = critic_forward(phi, data.obs[:-1][data.valid], data.action[data.valid], dims)
+    target = data.rows(critic_targets(value, data, centre, config))
+    q, _ = critic_forward(phi, data.rows(data.obs[:-1]), data.rows(data.action), dims)
     return float(np.mean((q - target) ** 2))
 
 
@@ -431,12 +436,12 @@ def adapt(theta_bar, phi, data, sigma, config, dims, rng, value=None):
     state_values (H + 1, K) of theta_bar and phi, serves all the tasks of a worker.
     """
     theta, target_theta, target_phi, tau = theta_bar, theta_bar, phi, config.target_tau
-    obs, action = data.obs[:-1][data.valid], data.action[data.valid]  # (B, obs), (B, act)
+    obs, action = data.rows(data.obs[:-1]), data.rows(data.action)  # (B, obs), (B, act)
     centre, adam = mean_reward(data, config), np.zeros((2, len(phi)), phi.dtype)
     for cycle in range(config.cycles):
         if cycle or value is None:
             value = state_values(target_theta, target_phi, data.obs, dims)
-        target = critic_targets(value, data, centre, config)[data.valid]
+        target = data.rows(critic_targets(value, data, centre, config))
         rows = rng.integers(len(obs), size=(config.critic_updates, config.critic_batch))
         phi = fit_critic(phi, obs, action, target, rows, config.critic_lr, dims, adam,
                          cycle * config.critic_updates)
