@@ -324,7 +324,7 @@ class Trajectories(NamedTuple):
 
     def rows(self, x):
         """What x (H, N, ..) has at the B valid steps: (B, ..)."""
-        # a mask that lets all pass costs six times a copy
+        # a mask that lets all pass costs ten times a copy
         return x.reshape(-1, *x.shape[2:]) if self.valid.all() else x[self.valid]
 
     def part(self, start, stop):
