@@ -284,7 +284,9 @@ def test_critic_error_and_targets_equal_plain_loops(seed, n, ends, centre):
                - target[t, i]) ** 2 for t, i in np.argwhere(data.valid)]
     offset = esmeta.mean_reward(data, config)
     close(esmeta.critic_error(theta, phi, data, offset, config, dims), np.mean(errors))
-    close(data.part(1, 3).returns(), np.where(data.valid, data.reward, 0).sum(axis=0)[1:])
+    part = data.part(1, 3)
+    close(part.returns(), np.where(data.valid, data.reward, 0).sum(axis=0)[1:])
+    assert np.array_equal(part.rows(part.action), part.action[part.valid])
 
 
 def test_adam_equals_the_published_algorithm():
