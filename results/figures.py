@@ -193,6 +193,9 @@ def figure2(plt, task="cheetah_vel"):
         for runs, colour in panel:
             if runs:
                 curve(ax, runs, "return_after", setting_label(runs, parts), colour)
+        # the default's run is longer: as far as there is something to compare
+        longest = [len(read_log(run)["iteration"]) for runs, _ in panel[1:] for run in runs]
+        ax.set_xlim(0, max(longest, default=None))
         yardsticks(ax, task, ("1",) if ax is axes[0] else ("1", "3"), constant=False)
         finish(ax, f"{task}: {title}", ylabel="return after adaptation (200 steps)")
         ax.legend(loc="lower right")
