@@ -99,6 +99,8 @@ class Config:
     lr_mu_critic: float = setting(1.0, "ours", "SGD rate of mu_c", 0, 1e6)
     lr_sigma_critic: float = setting(1.0, "ours", "SGD rate of sigma_c; 0: fixed sigma", 0, 1e6)
     half_life: float = setting(50.0, "ours", "iterations that halve lr_mu; 0: constant", 0, 1e9)
+    momentum: float = setting(0.0, "ours", "share of its last step in a step of mu_a", 0, 0.999)
+    weight_decay: float = setting(0.0, "ours", "share of mu_a that an iteration removes", 0, 1)
 
 
 TASK_SETTINGS = {  # (ours)
@@ -106,7 +108,8 @@ TASK_SETTINGS = {  # (ours)
                        lr_mu_actor=6.0, half_life=150.0),
     "cheetah_dir": dict(goals=2, risk=0.5, actor_step=5.0, test_rollouts=10),
     "ant_vel": dict(lr_mu_actor=8.0),
-    "ant_dir": dict(goals=2, risk=0.5, actor_step=5.0, test_rollouts=10, lr_mu_actor=8.0),
+    "ant_dir": dict(goals=2, risk=0.5, actor_step=8.0, test_rollouts=10, lr_mu_actor=12.0,
+                    half_life=100.0, momentum=0.7, weight_decay=0.012),
 }
 # The paper's literal form. It names no rates: those of DDPG are Lillicrap's (2015), those of raw
 # Eq. 10 are small because its gradient is 1 / sigma^2 times raw returns
@@ -114,9 +117,10 @@ PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, 
              critic_updates=1, critic_batch=128, critic_lr=1e-3, actor_batch=128, actor_rule="sgd",
              actor_step=1e-4, target_tau=1e-3, shrink=1.0, goals=1, risk=0.0, own_credit=0.0,
              test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
-             lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0)
+             lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0,
+             momentum=0.0, weight_decay=0.0)
 ITERATIONS = dict(  # a run's default length (ours)
-    cheetah_vel=100, cheetah_dir=100, ant_vel=100, ant_dir=60, point_goal=60)
+    cheetah_vel=100, cheetah_dir=100, ant_vel=100, ant_dir=150, point_goal=60)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
 
 
@@ -548,7 +552,8 @@ def update_distribution(meta, results, config):
     """One step of mu and sigma of actor and critic: -> MetaState, |change of mu_a| / |mu_a|.
 
     mu_a also climbs what each explorer gets for itself, own_credit times as fast as F: along the
-    natural gradient sigma / (M K) sum_i sum_j r_ij eps_ij, r_ij the own_ranks of worker i.
+    natural gradient sigma / (M K) sum_i sum_j r_ij eps_ij, r_ij the own_ranks of worker i. It
+    moves by v = momentum v + (1 - momentum) step and shrinks by weight_decay; all rates anneal.
     """
     eps_own, eps_sum, eps_square, eps_critic = (
         np.stack(part) for part in zip(*(result.noise for result in results)))  # (M, P) each
@@ -559,13 +564,16 @@ def update_distribution(meta, results, config):
         config.correlation, rate * config.lr_mu_actor, config.lr_sigma_actor, config)
     own_step = rate * config.lr_mu_actor * config.own_credit / config.rollouts
     mu_actor = mu_actor + own_step * meta.sigma_actor * eps_own.mean(axis=0)
+    velocity = (config.momentum * meta.velocity
+                + (1 - config.momentum) * (mu_actor - meta.mu_actor))
+    mu_actor = (1 - rate * config.weight_decay) * meta.mu_actor + velocity
     mu_critic, sigma_critic = ascend(
         meta.mu_critic, meta.sigma_critic, eps_critic, eps_critic**2,
         np.array([result.fitness_critic for result in results]), 1,
         0.0, rate * config.lr_mu_critic, config.lr_sigma_critic, config)
     ratio = np.linalg.norm(mu_actor - meta.mu_actor) / np.linalg.norm(meta.mu_actor)
     return meta._replace(mu_actor=mu_actor, sigma_actor=sigma_actor, mu_critic=mu_critic,
-                         sigma_critic=sigma_critic), float(ratio)
+                         sigma_critic=sigma_critic, velocity=velocity), float(ratio)
 
 
 # ---- worker: explore, adapt, score ----------------------------------------------------------
@@ -578,6 +586,7 @@ class MetaState(NamedTuple):
     sigma_actor: np.ndarray  # (P,)
     mu_critic: np.ndarray  # (P_c,)
     sigma_critic: np.ndarray  # (P_c,)
+    velocity: np.ndarray  # (P,), the running mean of mu_a's steps
     obs_count: float
     obs_mean: np.ndarray  # (obs,)
     obs_m2: np.ndarray  # (obs,), summed squared deviations from the mean
@@ -796,7 +805,7 @@ def initial_state(config):
     mu_critic = critic_init(dims, rng).astype(np.float32)
     return MetaState(mu_actor, np.full_like(mu_actor, config.sigma_actor),
                      mu_critic, np.full_like(mu_critic, config.sigma_critic),
-                     0.0, np.zeros(dims.obs), np.zeros(dims.obs), 0, 0)
+                     np.zeros_like(mu_actor), 0.0, np.zeros(dims.obs), np.zeros(dims.obs), 0, 0)
 
 
 def sample_goals(config, iteration, stream):
@@ -1055,7 +1064,7 @@ def replace_file(path, content):
 def save_checkpoint(path, config, meta):
     """Replace the checkpoint at path: the arrays of meta and one JSON string, no clock."""
     packages = {p.__name__: p.__version__ for p in (np, tasks.mujoco, tasks.gymnasium)}
-    stored = {"version": 1, "config": dataclasses.asdict(config), "packages": packages}
+    stored = {"version": 2, "config": dataclasses.asdict(config), "packages": packages}
     content = io.BytesIO()
     with signals_held():  # an exception in savez leaves an archive that cannot be closed
         np.savez(content, config=json.dumps(stored, sort_keys=True), **meta._asdict())
@@ -1074,14 +1083,14 @@ def load_checkpoint(path):
         with np.load(path, allow_pickle=False) as archive:
             stored = json.loads(str(archive["config"]))
             meta = MetaState(**{name: archive[name] for name in MetaState._fields})
-        if stored["version"] != 1:
-            raise ValueError(f"version {stored['version']}, not 1")
+        if stored["version"] != 2:
+            raise ValueError(f"version {stored['version']}, not 2")
         config = check_config(Config(**stored["config"]))
         for name, like in initial_state(config)._asdict().items():
             value, like = getattr(meta, name), np.asarray(like)
             if (value.shape, value.dtype) != (like.shape, like.dtype):
                 raise ValueError(f"{name} is {value.dtype} {value.shape}")
-            low = -np.inf if name in ("mu_actor", "mu_critic", "obs_mean") else 0
+            low = -np.inf if name in ("mu_actor", "mu_critic", "velocity", "obs_mean") else 0
             low = 1e-6 if name.startswith("sigma") else low
             if not (np.isfinite(value) & (value >= low)).all():
                 raise ValueError(f"{name} holds a number that no run writes")

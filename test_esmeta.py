@@ -616,7 +616,7 @@ def test_update_distribution_has_four_learning_rates():
     eps, eps_critic = rng.standard_normal((6, 3, 5)), rng.standard_normal((6, 4))
     F_actor, F_critic = rng.standard_normal((2, 6))
     actor, critic = (rng.normal(size=5), np.full(5, 0.2)), (rng.normal(size=4), np.full(4, 0.3))
-    meta = esmeta.MetaState(*actor, *critic, 0.0, 0, 0, iteration=7, env_steps=0)
+    meta = esmeta.MetaState(*actor, *critic, np.zeros(5), 0.0, 0, 0, iteration=7, env_steps=0)
     eps_own = rng.standard_normal((6, 5))
     results = [esmeta.Result(*f, 0, 0, 0, 0, (own, e.sum(0), (e**2).sum(0), e_critic), ())
                for *f, own, e, e_critic in zip(F_actor, F_critic, eps_own, eps, eps_critic)]
@@ -624,7 +624,9 @@ def test_update_distribution_has_four_learning_rates():
         *esmeta.ascend(*actor, eps.sum(1), (eps**2).sum(1), F_actor, 3, 0.5, 1.0, 0.2, config),
         *esmeta.ascend(*critic, eps_critic, eps_critic**2, F_critic, 1, 0.0, 3.0, 0.4, config))
     new, ratio = esmeta.update_distribution(meta, results, config)
-    assert all(map(np.array_equal, new[:4], expected)) and new[4:] == meta[4:]
+    list(map(close, new[:4], expected))
+    close(new.velocity, expected[0] - actor[0])
+    assert new[5:] == meta[5:]
     close(ratio, np.linalg.norm(expected[0] - actor[0]) / np.linalg.norm(actor[0]))
     config = dataclasses.replace(config, own_credit=2.0)
     new, _ = esmeta.update_distribution(meta, results, config)
@@ -634,6 +636,24 @@ def test_update_distribution_has_four_learning_rates():
     close(later.mu_actor - meta.mu_actor, (new.mu_actor - meta.mu_actor) / 4)
     close(later.mu_critic - meta.mu_critic, (new.mu_critic - meta.mu_critic) / 4)
     assert np.array_equal(later.sigma_actor, new.sigma_actor)
+
+
+def test_momentum_and_weight_decay():
+    """v = momentum v + (1 - momentum) step; mu_a loses weight_decay times the annealed rate."""
+    rng, config = np.random.default_rng(0), make_config(rollouts=1, half_life=7.0)
+    mu, old = rng.normal(size=(2, 5))
+    meta = esmeta.MetaState(mu, np.full(5, 0.2), mu, np.full(5, 0.2), old, 0, 0, 0, iteration=7,
+                            env_steps=0)
+    results = [esmeta.Result(*rng.normal(size=2), 0, 0, 0, 0, tuple(rng.normal(size=(4, 5))), ())
+               for _ in range(2)]
+    plain, _ = esmeta.update_distribution(meta, results, config)
+    new, ratio = esmeta.update_distribution(
+        meta, results, dataclasses.replace(config, momentum=0.75, weight_decay=0.1))
+    step = plain.mu_actor - mu
+    close(new.velocity, 0.75 * old + 0.25 * step)
+    close(new.mu_actor, 0.95 * mu + 0.75 * old + 0.25 * step)
+    close(ratio, np.linalg.norm(new.mu_actor - mu) / np.linalg.norm(mu))
+    assert np.array_equal(new.mu_critic, plain.mu_critic)
 
 
 # ---- noise and observations ----------------------------------------------------------------------
@@ -679,7 +699,7 @@ def test_merged_moments_are_those_of_all_rows(seed, n_a, n_b):
 def test_normaliser():
     rng = np.random.default_rng(0)
     rows, obs = rng.normal(4, 3, (50, 2)), rng.normal(4, 30, (20, 2))
-    meta = esmeta.MetaState(*[None] * 4, *esmeta.moments(rows), 0, 0)
+    meta = esmeta.MetaState(*[None] * 5, *esmeta.moments(rows), 0, 0)
     before, z = obs.copy(), (obs - rows.mean(axis=0)) / rows.std(axis=0)
     out = np.empty_like(obs)
     esmeta.make_normaliser(meta, make_config(obs_clip=2.0))(obs, out)
@@ -1280,8 +1300,8 @@ def test_system_what_a_run_directory_holds(run_of_4):
     config = dataclasses.asdict(tiny_config())
     assert json.loads((run_of_4 / "config.json").read_text()) == config
     with np.load(run_of_4 / "checkpoint.npz", allow_pickle=False) as archive:  # so: no pickles
-        assert set(archive) == set("mu_actor sigma_actor mu_critic sigma_critic obs_count obs_mean "
-                                   "obs_m2 iteration env_steps config".split())
+        assert set(archive) == set("mu_actor sigma_actor mu_critic sigma_critic velocity obs_count "
+                                   "obs_mean obs_m2 iteration env_steps config".split())
         stored = json.loads(str(archive["config"]))
         assert archive["iteration"] == 4 and archive["mu_actor"].shape == (10602,)
     assert stored["config"] == config
@@ -1426,7 +1446,8 @@ LITERAL = dict(
     critic_batch=128, critic_lr=1e-3, actor_rule="sgd", actor_step=1e-4, target_tau=1e-3, goals=1,
     risk=0, own_credit=0,
     test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
-    lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0)
+    lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0,
+    momentum=0, weight_decay=0)
 
 
 @pytest.mark.parametrize("name", ["point_goal", "cheetah_vel"])
@@ -1748,7 +1769,7 @@ def packed(arrays, **changed):
     return content.getvalue()
 
 
-def configured(arrays, version=1, **fields):
+def configured(arrays, version=2, **fields):
     """The same with another version or other fields in the config."""
     stored = json.loads(str(arrays["config"]))
     stored |= dict(version=version, config={**stored["config"], **fields})
@@ -1780,7 +1801,7 @@ BROKEN = {  # bytes of a checkpoint, its arrays -> bytes of none
     "zip of text": lambda good, a: zipped(config="{}", mu_actor="1 2 3"),
     "pickle": lambda good, a: pickle.dumps(Trap()),
     "zip with a pickle": lambda good, a: packed(a, mu_actor=np.array([Trap()], dtype=object)),
-    "version 2": lambda good, a: configured(a, version=2),
+    "version 1": lambda good, a: configured(a, version=1),
     "unknown field": lambda good, a: configured(a, horizon=200),
     "negative workers": lambda good, a: configured(a, workers=-4),
     "workers a string": lambda good, a: configured(a, workers="4"),
