@@ -384,14 +384,9 @@ def critic_error(theta, phi, data, centre, config, dims):
 def adam_step(weights, gradient, m, v, t, lr, beta1=0.9, beta2=0.999, eps=1e-8):
     """weights -= lr m_hat / (sqrt(v_hat) + eps), the t-th step from t = 1: all (P,), in place."""
     bias1, bias2 = 1 - beta1**t, math.sqrt(1 - beta2**t)
-    change = gradient - m
-    m += np.multiply(change, 1 - beta1, out=change)
-    np.subtract(gradient * gradient, v, out=change)
-    v += np.multiply(change, 1 - beta2, out=change)
-    root = np.sqrt(v)
-    root += eps * bias2
-    np.multiply(m, lr * bias2 / bias1, out=change)
-    weights -= np.divide(change, root, out=change)
+    m += (1 - beta1) * (gradient - m)
+    v += (1 - beta2) * (gradient**2 - v)
+    weights -= (lr * bias2 / bias1) * m / (np.sqrt(v) + eps * bias2)
 
 
 def fit_critic(phi, obs, action, target, rows, lr, dims, adam=None, done=0):
@@ -552,8 +547,8 @@ def update_distribution(meta, results, config):
     """One step of mu and sigma of actor and critic: -> MetaState, |change of mu_a| / |mu_a|.
 
     mu_a also climbs what each explorer gets for itself, own_credit times as fast as F: along the
-    natural gradient sigma / (M K) sum_i sum_j r_ij eps_ij, r_ij the own_ranks of worker i. It
-    moves by v = momentum v + (1 - momentum) step and shrinks by weight_decay; all rates anneal.
+    natural gradient sigma / (M K) sum_i sum_j r_ij eps_ij, r_ij the own_ranks of worker i. Of both
+    together: v = momentum v + (1 - momentum) step, mu_a = (1 - rate weight_decay) mu_a + v.
     """
     eps_own, eps_sum, eps_square, eps_critic = (
         np.stack(part) for part in zip(*(result.noise for result in results)))  # (M, P) each
