@@ -1200,7 +1200,7 @@ def test_tasks_render_where_the_machine_can():
 # ---- system ------------------------------------------------------------------------------------
 
 TINY = ("--task point_goal --workers 4 --rollouts 3 --goals 1 --critic-updates 2 --critic-batch 8 "
-        "--test-rollouts 1")
+        "--test-rollouts 1 --momentum 0.5 --weight-decay 0.01")
 SLOW = TINY.replace("--critic-updates 2", "--critic-updates 150")  # ~0.2 s a job
 CHEETAH = TINY.replace("point_goal --workers 4", "cheetah_vel --workers 2")
 LAUNCHED = []
@@ -1208,7 +1208,8 @@ LAUNCHED = []
 
 def tiny_config(task="point_goal", **fields):
     return esmeta.make_config(task, **{**dict(workers=4, rollouts=3, goals=1, critic_updates=2,
-                                              critic_batch=8, test_rollouts=1), **fields})
+                                              critic_batch=8, test_rollouts=1, momentum=0.5,
+                                              weight_decay=0.01), **fields})
 
 
 def call(line, out=None):
