@@ -817,6 +817,7 @@ def sample_goals(config, iteration, stream):
 
 def make_jobs(config, meta):
     """The M jobs of an iteration; each antithetic pair has its own tasks, else all share them."""
+    meta = meta._replace(velocity=None)  # no worker needs it
     return [Job(config, meta, sample_goals(
         config, meta.iteration, i // 2 if config.antithetic else 0), i)
         for i in range(config.workers)]
