@@ -100,7 +100,7 @@ class Config:
     lr_sigma_critic: float = setting(1.0, "ours", "SGD rate of sigma_c; 0: fixed sigma", 0, 1e6)
     half_life: float = setting(50.0, "ours", "iterations that halve lr_mu; 0: constant", 0, 1e9)
     momentum: float = setting(0.0, "ours", "share of its last step in a step of mu_a", 0, 0.999)
-    weight_decay: float = setting(0.0, "ours", "part of mu_a that goes an iteration, at first", 0, 1)
+    weight_decay: float = setting(0.0, "ours", "share of mu_a an iteration removes", 0, 1)
 
 
 TASK_SETTINGS = {  # (ours)

@@ -624,7 +624,8 @@ def test_update_distribution_has_four_learning_rates():
         *esmeta.ascend(*actor, eps.sum(1), (eps**2).sum(1), F_actor, 3, 0.5, 1.0, 0.2, config),
         *esmeta.ascend(*critic, eps_critic, eps_critic**2, F_critic, 1, 0.0, 3.0, 0.4, config))
     new, ratio = esmeta.update_distribution(meta, results, config)
-    list(map(close, new[:4], expected))
+    for value, other in zip(new[:4], expected):
+        close(value, other)
     close(new.velocity, expected[0] - actor[0])
     assert new[5:] == meta[5:]
     close(ratio, np.linalg.norm(expected[0] - actor[0]) / np.linalg.norm(actor[0]))
