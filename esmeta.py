@@ -222,15 +222,15 @@ def critic_init(dims, rng):
     return xavier(critic_shapes(dims), rng)
 
 
-@functools.lru_cache(maxsize=32)
-def zeros(shape, dtype):
-    """Zeros to read: NumPy compares arrays of one shape 2 to 5 times as fast as with a number."""
-    return np.broadcast_to(np.zeros(shape, dtype), shape)  # a view that cannot be written to
+@functools.lru_cache(maxsize=64)
+def constant(value, shape, dtype):
+    """A number as an array to read: NumPy compares arrays of one shape 2 to 5 times as fast."""
+    return np.broadcast_to(np.full(shape, value, dtype), shape)  # a view: nobody can write to it
 
 
 def relu(z):
     """max(z, 0) in place."""
-    return np.maximum(z, zeros(z.shape, z.dtype), out=z)
+    return np.maximum(z, constant(0, z.shape, z.dtype), out=z)
 
 
 def with_one(x):
@@ -632,10 +632,9 @@ def make_normaliser(meta, config):
     mean, scale = meta.obs_mean, 1 / np.sqrt(meta.obs_m2 / meta.obs_count + 1e-8)
 
     def normalise(obs, out):
-        obs = obs - mean
-        obs *= scale
-        np.maximum(obs, -config.obs_clip, out=obs)
-        np.minimum(obs, config.obs_clip, out=out, casting="same_kind")  # in float64 until here
+        np.multiply(obs - mean, scale, out=out, casting="same_kind")  # in float64 until here
+        np.maximum(out, constant(-config.obs_clip, out.shape, out.dtype), out=out)
+        np.minimum(out, constant(config.obs_clip, out.shape, out.dtype), out=out)
 
     return normalise
 

@@ -3,8 +3,8 @@
     python -m results.ablate                            # all of them, to results/ablations.csv
     python -m results.ablate --task cheetah_vel goals=1  # some: prints, writes nothing
 
-One row a variant: mean and spread over seeds of `return_after`, averaged over the last quarter of
-the iterations. A variant is `name=value name=value`, the settings of the command line.
+One row a variant: `return_after`, mean over the last quarter of the iterations and over seeds, and
+its range over seeds. A variant is `name=value name=value`, the settings of the command line.
 """
 
 import os
@@ -17,10 +17,14 @@ from results.gain import parse
 
 TABLE = Path(__file__).parent / "ablations.csv"
 VARIANTS = [
-    "", "sigma_critic=0.01", "obs_clip=0", "test_rollouts=2", "antithetic=false",
+    "", "sigma_actor=0.015", "sigma_actor=0.045", "sigma_critic=0.01", "correlation=0",
+    "obs_clip=0", "centre=false", "n_step=1", "cycles=3 actor_step=1.7", "risk=0",
+    "own_credit=0 lr_mu_actor=12",  # without its part a step is shorter
+    "test_rollouts=5", "test_rollouts=20", "antithetic=false",
     # the rate of mu_a fits the raw returns' spread, the others stand still: theirs would not
     "utility=raw lr_mu_actor=0.2 lr_sigma_actor=0 lr_mu_critic=0 lr_sigma_critic=0",
-    "lr_sigma_actor=0", "lr_sigma_actor=20", "lr_mu_critic=0", "lr_sigma_critic=0", "half_life=0"]
+    "lr_mu_actor=2.5", "lr_mu_actor=10", "lr_sigma_actor=0", "lr_mu_critic=0", "half_life=0",
+    "momentum=0.7", "momentum=0.7 weight_decay=0.012"]
 
 
 def final_return(config, iterations, crew):
@@ -40,8 +44,8 @@ def main(argv=None):
     parser = esmeta.OneLineParser("results.ablate", description=__doc__)
     parser.add_argument("variant", nargs="*", help="settings; none: VARIANTS")
     parser.add_argument("--task", default="cheetah_dir")
-    parser.add_argument("--iterations", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     try:
         args = parser.parse_args(argv)
@@ -56,8 +60,8 @@ def main(argv=None):
                 lines.append(f"{args.task},{args.iterations},{args.seeds},{variant or 'default'},"
                              f"{np.mean(values):.1f},{np.ptp(values):.1f}")
                 print(lines[-1], flush=True)
-        if not args.variant:
-            TABLE.write_text("\n".join(lines) + "\n")
+                if not args.variant:
+                    TABLE.write_text("\n".join(lines) + "\n")
     except ValueError as error:
         print(f"results.ablate: error: {error}", file=sys.stderr)
         return 2
