@@ -108,7 +108,7 @@ TASK_SETTINGS = {  # (ours)
                        lr_mu_actor=6.0, half_life=150.0),
     "cheetah_dir": dict(goals=2, risk=0.5, actor_step=5.0, test_rollouts=10),
     "ant_vel": dict(lr_mu_actor=8.0),
-    "ant_dir": dict(goals=2, risk=0.5, actor_step=8.0, test_rollouts=10, lr_mu_actor=12.0,
+    "ant_dir": dict(goals=2, risk=0.5, actor_step=8.0, test_rollouts=20, lr_mu_actor=17.0,
                     half_life=100.0, momentum=0.7, weight_decay=0.012),
 }
 # The paper's literal form. It names no rates: those of DDPG are Lillicrap's (2015), those of raw
@@ -120,7 +120,7 @@ PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, 
              lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0,
              momentum=0.0, weight_decay=0.0)
 ITERATIONS = dict(  # a run's default length (ours)
-    cheetah_vel=100, cheetah_dir=100, ant_vel=100, ant_dir=150, point_goal=60)
+    cheetah_vel=100, cheetah_dir=100, ant_vel=100, ant_dir=200, point_goal=60)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
 
 
