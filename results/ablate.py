@@ -44,8 +44,8 @@ def main(argv=None):
     parser = esmeta.OneLineParser("results.ablate", description=__doc__)
     parser.add_argument("variant", nargs="*", help="settings; none: VARIANTS")
     parser.add_argument("--task", default="cheetah_dir")
-    parser.add_argument("--iterations", type=int, default=12)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--iterations", type=int, default=14)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     try:
         args = parser.parse_args(argv)
@@ -53,12 +53,13 @@ def main(argv=None):
             raise ValueError("--iterations, --seeds and --processes must be at least 1")
         variants = {v: [esmeta.check_config(esmeta.make_config(args.task, seed=s, **parse(v)))
                         for s in range(args.seeds)] for v in args.variant or VARIANTS}
-        lines = ["task,iterations,seeds,variant,return_after,spread"]
+        lines = ["task,iterations,seeds,setting,return_after,range"]
         with esmeta.Crew(args.processes) as crew:
             for variant, configs in variants.items():
                 values = [final_return(config, args.iterations, crew) for config in configs]
+                spread = f"{np.ptp(values):.1f}" if len(values) > 1 else ""
                 lines.append(f"{args.task},{args.iterations},{args.seeds},{variant or 'default'},"
-                             f"{np.mean(values):.1f},{np.ptp(values):.1f}")
+                             f"{np.mean(values):.1f},{spread}")
                 print(lines[-1], flush=True)
                 if not args.variant:
                     TABLE.write_text("\n".join(lines) + "\n")

@@ -1,9 +1,10 @@
-"""README's tables of results, from the committed runs: `python -m results.table`.
+"""README's tables of numbers, from the committed files: `python -m results.table`.
 
 Returns are means over MAML's 40 test goals and over seeds, +- 1.96 standard errors over goals (of
 the means over seeds); in brackets the mean of each seed.
 """
 
+import csv
 import functools
 import sys
 
@@ -78,11 +79,20 @@ def cost_table():
                        f"{steps * once_a_task:.0f}", f"{log['seconds'].sum() / 3600:.2f}"])
 
 
+def settings_table(name):
+    """Lines of results/<name>.csv, what a setting is worth by `results.gain` or `.ablate`."""
+    head, *rows = csv.reader((figures.HERE / f"{name}.csv").open(newline=""))
+    yield row(head)
+    yield "|---" * len(head) + "|"
+    yield from map(row, rows)
+
+
 def main():
-    """Print both tables; exit status 2 and one line where a run's files are broken."""
+    """Print all tables; exit status 2 and one line where a run's files are broken."""
     try:
-        print("\n".join([*results_table(), "", *cost_table()]))
-    except ValueError as error:
+        print("\n".join([*results_table(), "", *cost_table(), "", *settings_table("gains"), "",
+                         *settings_table("ablations")]))
+    except (ValueError, OSError) as error:
         print(f"results.table: error: {error}", file=sys.stderr)
         return 2
     return 0
