@@ -38,7 +38,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 import tasks
 from esmeta import Dims
-from results import ablate, table
+from results import ablate, gain, table
 
 SEED = st.integers(0, 2**32 - 1)
 SMALL = st.builds(Dims, st.integers(1, 4), st.integers(1, 3), st.integers(2, 4))
@@ -1548,6 +1548,23 @@ def test_system_ablations_run(capsys):
     assert one.startswith("point_goal,2,2,workers=2 rollouts=2,-") and one != other
     assert ablate.main(["risk=-1"]) == 2
     assert capsys.readouterr().err.startswith("results.ablate: error: risk must be from 0")
+
+
+def test_system_gains_run(run_of_4, capsys):
+    table_before = gain.TABLE.read_bytes()
+    assert gain.main([str(run_of_4), "actor_step=0.01", "critic_updates=20"]) == 0
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert first == "point_goal, iteration 4" and head.split()[0] == "setting"
+    values = {row[:36].strip(): [float(x) for x in row[36:].split()] for row in rows}
+    assert list(values) == ["as trained", "actor_step=0.01", "critic_updates=20"]
+    trained = values["as trained"]
+    for before, after, gained, more, error in values.values():
+        assert before == trained[0] and gained == pytest.approx(after - before, abs=0.11)
+        assert more == pytest.approx(after - trained[1], abs=0.11) and error >= 0
+    assert trained[3:] == [0, 0] and values["actor_step=0.01"] != trained
+    assert gain.TABLE.read_bytes() == table_before
+    assert gain.main(["nowhere"]) == 2
+    assert capsys.readouterr().err == "results.gain: no checkpoint at nowhere\n"
 
 
 # ---- faults ------------------------------------------------------------------------------------
