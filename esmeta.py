@@ -223,14 +223,14 @@ def critic_init(dims, rng):
 
 
 @functools.lru_cache(maxsize=64)
-def constant(value, shape, dtype):
-    """A number as an array to read: NumPy compares arrays of one shape 2 to 5 times as fast."""
-    return np.broadcast_to(np.full(shape, value, dtype), shape)  # a view: nobody can write to it
+def zeros(shape, dtype):
+    """Zeros to read: NumPy compares arrays of one shape 2 to 5 times as fast as with a number."""
+    return np.broadcast_to(np.zeros(shape, dtype), shape)  # a view: nobody can write to it
 
 
 def relu(z):
     """max(z, 0) in place."""
-    return np.maximum(z, constant(0, z.shape, z.dtype), out=z)
+    return np.maximum(z, zeros(z.shape, z.dtype), out=z)
 
 
 def with_one(x):
@@ -629,12 +629,19 @@ def make_normaliser(meta, config):
     """
     if not config.obs_clip or not meta.obs_count:
         return lambda obs, out: np.copyto(out, obs, casting="same_kind")
-    mean, scale = meta.obs_mean, 1 / np.sqrt(meta.obs_m2 / meta.obs_count + 1e-8)
+    bound = np.full_like(meta.obs_mean, config.obs_clip)
+    parts = meta.obs_mean, 1 / np.sqrt(meta.obs_m2 / meta.obs_count + 1e-8), -bound, bound
+
+    @functools.lru_cache(maxsize=8)
+    def tiled(n):  # NumPy computes with arrays of one shape about twice as fast
+        return [np.tile(part, (n, 1)) for part in parts]
 
     def normalise(obs, out):
-        np.multiply(obs - mean, scale, out=out, casting="same_kind")  # in float64 until here
-        np.maximum(out, constant(-config.obs_clip, out.shape, out.dtype), out=out)
-        np.minimum(out, constant(config.obs_clip, out.shape, out.dtype), out=out)
+        mean, scale, low, high = tiled(len(obs))
+        z = obs - mean
+        z *= scale
+        np.maximum(z, low, out=z)
+        out[:] = np.minimum(z, high, out=z)
 
     return normalise
 
@@ -656,6 +663,7 @@ def make_policy(theta, envs, dims):
     """actor_forward for A actors theta (A, P) of `envs` environments each, laid out once:
     the function (obs (A * envs, obs), out (A * envs, act)) that writes the actions to out."""
     w1, w2, w3 = unpack(theta, actor_shapes(dims))
+    w3 = w3.swapaxes(1, 2).copy().swapaxes(1, 2)  # few columns: each in one piece takes half
     x1, x2, x3 = (np.ones((len(theta), envs, w.shape[1]), theta.dtype) for w in (w1, w2, w3))
     s, z1, z2 = x1[..., :-1], x2[..., :-1], x3[..., :-1]
 

@@ -1361,14 +1361,16 @@ def test_system_shared_exploration_is_what_each_goal_alone_gives(name):
     theta = meta.mu_actor + meta.sigma_actor * eps
     theta = np.vstack([theta, theta.mean(axis=0)])  # (K + 1, P)
     starts = esmeta.generator(esmeta.STARTS, 0, 0, 1).integers(2**31, size=k + 2)[: k + 1].tolist()
+    # the worker's bits: a fallen ant's path depends on the last one of its actions
+    policy, action = esmeta.make_policy(theta, 1, dims), np.empty((k + 1, dims.act), np.float32)
     returns = np.zeros((2, k + 1))
     for goal, total in zip(job.goals, returns):
         env, alive = tasks.make_vec(name, k + 1, goal=goal), np.ones(k + 1, bool)
         raw, _ = env.reset(seed=starts)
         for _ in range(tasks.TASKS[name].horizon):
             obs = np.clip((raw - 0.1) / np.sqrt(4 + 1e-8), -5, 5).astype(np.float32)
-            action, _ = esmeta.actor_forward(theta, obs[:, None], dims)
-            raw, reward, terminated, _, _ = env.step(action[:, 0])
+            policy(obs, action)
+            raw, reward, terminated, _, _ = env.step(action)
             total += reward * alive
             alive &= ~terminated
     np.testing.assert_allclose(result.return_explorers, returns[:, :k].mean(), rtol=1e-5)
