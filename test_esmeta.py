@@ -1555,9 +1555,10 @@ def test_system_ablations_run(capsys):
 def test_system_gains_run(run_of_4, capsys):
     table_before = gain.TABLE.read_bytes()
     assert gain.main([str(run_of_4), "actor_step=0.01", "critic_updates=20"]) == 0
-    first, head, *rows = capsys.readouterr().out.splitlines()
-    assert first == "point_goal, iteration 4" and head.split()[0] == "setting"
-    values = {row[:36].strip(): [float(x) for x in row[36:].split()] for row in rows}
+    head, *rows = (line.split(",") for line in capsys.readouterr().out.splitlines())
+    assert head == "task updates setting before after gain more error".split()
+    assert all(row[:2] == ["point_goal", "1"] for row in rows)
+    values = {row[2]: [float(x) for x in row[3:]] for row in rows}
     assert list(values) == ["as trained", "actor_step=0.01", "critic_updates=20"]
     trained = values["as trained"]
     for before, after, gained, more, error in values.values():
@@ -1566,7 +1567,14 @@ def test_system_gains_run(run_of_4, capsys):
     assert trained[3:] == [0, 0] and values["actor_step=0.01"] != trained
     assert gain.TABLE.read_bytes() == table_before
     assert gain.main(["nowhere"]) == 2
-    assert capsys.readouterr().err == "results.gain: no checkpoint at nowhere\n"
+    assert capsys.readouterr().err == "results.gain: error: no checkpoint at nowhere\n"
+    assert gain.main([str(run_of_4), "--updates", "3"]) == 0  # as --eval does, but for its seed
+    *_, row = capsys.readouterr().out.splitlines()
+    config, meta = esmeta.load_checkpoint(run_of_4)
+    returns = np.mean([
+        esmeta.evaluate_goal(esmeta.EvalJob(config, meta, goal, i, updates=3, seed=1))
+        for i, goal in enumerate(tasks.test_goals("point_goal")[:10])], axis=0)
+    assert row.startswith(f"point_goal,3,as trained,{returns[0]:.1f},{returns[3]:.1f},")
 
 
 # ---- faults ------------------------------------------------------------------------------------
