@@ -22,10 +22,10 @@ TABLE = HERE / "gains.csv"
 CASES = [  # run, updates, variants
     ("cheetah_vel-seed0", 1, [
         "n_step=1", "n_step=5", "n_step=10", "n_step=50", "gamma=0.9", "gamma=0.95", "gamma=0.99",
-        "centre=false", "critic_updates=5", "critic_updates=50", "critic_updates=25 critic_batch=128",
-        "critic_updates=6 critic_batch=512", "critic_lr=0.0003", "critic_lr=0.01",
-        "actor_batch=64", "actor_batch=4000", "actor_step=1", "actor_step=2", "actor_step=5",
-        "actor_step=10", "cycles=3", "cycles=3 actor_step=1.5"]),
+        "centre=false", "critic_updates=5", "critic_updates=50",
+        "critic_updates=25 critic_batch=128", "critic_updates=6 critic_batch=512",
+        "critic_lr=0.0003", "critic_lr=0.01", "actor_batch=64", "actor_batch=4000", "actor_step=1",
+        "actor_step=2", "actor_step=5", "actor_step=10", "cycles=3", "cycles=3 actor_step=1.5"]),
     ("cheetah_vel-seed0", 3, ["shrink=0.3", "shrink=1"]),
     ("cheetah_dir-seed0", 1, ["actor_step=3", "actor_step=8"]),
     ("ant_vel-seed0", 1, ["actor_step=2", "actor_step=5"]),
