@@ -88,6 +88,7 @@ class Config:
     shrink: float = setting(0.5, "ours", "of the step, for each further update of --eval", 0, 1)
     target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
     goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
+    alive_bonus: float = setting(0.0, "ours", "what training adds to a living step's reward", 0, 100)
     risk: float = setting(0.0, "ours", "stds over its tasks that a worker's fitness loses", 0, 10)
     own_credit: float = setting(6.0, "ours", "weight of an explorer's own returns beside F", 0, 100)
     test_rollouts: int = setting(5, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
@@ -107,7 +108,7 @@ TASK_SETTINGS = {  # (ours)
     "point_goal": dict(goals=2, test_rollouts=1, critic_updates=10, actor_step=1.5, own_credit=0.0,
                        lr_mu_actor=6.0, half_life=150.0),
     "cheetah_dir": dict(goals=2, risk=0.5, actor_step=5.0, test_rollouts=10),
-    "ant_vel": dict(lr_mu_actor=8.0),
+    "ant_vel": dict(alive_bonus=2.0, lr_mu_actor=8.0),
     "ant_dir": dict(goals=2, risk=0.5, actor_step=8.0, test_rollouts=20, lr_mu_actor=17.0,
                     half_life=100.0, momentum=0.7, weight_decay=0.012),
 }
@@ -115,10 +116,10 @@ TASK_SETTINGS = {  # (ours)
 # Eq. 10 are small because its gradient is 1 / sigma^2 times raw returns
 PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, cycles=50,
              critic_updates=1, critic_batch=128, critic_lr=1e-3, actor_batch=128, actor_rule="sgd",
-             actor_step=1e-4, target_tau=1e-3, shrink=1.0, goals=1, risk=0.0, own_credit=0.0,
-             test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
-             lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0.0,
-             momentum=0.0, weight_decay=0.0)
+             actor_step=1e-4, target_tau=1e-3, shrink=1.0, goals=1, alive_bonus=0.0, risk=0.0,
+             own_credit=0.0, test_rollouts=1, antithetic=False, utility="raw", natural=False,
+             lr_mu_actor=1e-5, lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5,
+             half_life=0.0, momentum=0.0, weight_decay=0.0)
 ITERATIONS = dict(  # a run's default length (ours)
     cheetah_vel=100, cheetah_dir=100, ant_vel=100, ant_dir=200, point_goal=60)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
@@ -691,12 +692,15 @@ class Run(NamedTuple):
     velocity: np.ndarray  # (H, N), m/s
     broken: bool  # the simulation diverged somewhere
 
-    def score(self, name, goal):
-        """Trajectories of the episodes under `goal` (N, ..) or (..): a NaN return where broken."""
+    def score(self, name, goal, bonus=0.0):
+        """Trajectories under `goal` (N, ..) or (..), a living step worth `bonus` more.
+
+        A broken simulation has a NaN return.
+        """
         reward, terminated = tasks.outcomes(name, self.raw[1:], self.action, self.velocity, goal)
         valid = np.ones_like(terminated)
         valid[1:] = ~np.logical_or.accumulate(terminated)[:-1]
-        reward = np.full_like(reward, np.nan) if self.broken else reward
+        reward = np.full_like(reward, np.nan) if self.broken else reward + bonus
         return Trajectories(self.obs, self.action, reward.astype(self.obs.dtype), terminated, valid)
 
     def part(self, start, stop):
@@ -766,7 +770,7 @@ def evaluate_worker(job):
     starts = generator(STARTS, config.seed, meta.iteration, stream).integers(
         2**31, size=k + 1 + config.test_rollouts)
     run = rollout(name, np.vstack([theta, theta_bar]), starts[: k + 1], normalise)
-    scored = [run.score(name, goal) for goal in goals]
+    scored = [run.score(name, goal, config.alive_bonus) for goal in goals]
     datas = [data.part(0, k) for data in scored]
     value = state_values(theta_bar, phi, run.obs[:, :k], dims)
     adapted = [adapt(theta_bar, phi, data, meta.sigma_actor, config, dims,
@@ -776,20 +780,24 @@ def evaluate_worker(job):
         explorers = theta[np.arange(len(goals) * n) % k]
         actors = explorers + np.repeat(actors - theta_bar, n, axis=0)  # (G n, P)
     tests = rollout(name, actors, np.tile(starts[k + 1 :], len(goals)), normalise)
-    tested = [tests.part(i * n, (i + 1) * n).score(name, goal) for i, goal in enumerate(goals)]
+    tested = [tests.part(i * n, (i + 1) * n).score(name, goal, config.alive_bonus)
+              for i, goal in enumerate(goals)]
     before = np.array([data.returns() for data in scored])  # (G, K + 1)
     after = np.array([test.returns() for test in tested])  # (G, n)
     fitness = after.mean(axis=1)  # (G,)
     own = own_ranks(before[:, :k], after) if config.own_credit else np.zeros(k)
+    plain_before, plain_after = (  # as the task has them
+        np.array([data.returns() - config.alive_bonus * data.valid.sum(axis=0) for data in datas])
+        for datas in (scored, tested))
     seen = [data.valid for data in scored]
     return Result(
         fitness_actor=np.mean(fitness) - config.risk * np.std(fitness),
         fitness_critic=-np.mean([
             critic_error(*pair, test, mean_reward(data, config), config, dims)
             for pair, test, data in zip(adapted, tested, datas)]),
-        return_before=np.mean(before[:, k]),
-        return_explorers=np.mean(before[:, :k]),
-        return_after=np.mean(after),
+        return_before=np.mean(plain_before[:, k]),
+        return_explorers=np.mean(plain_before[:, :k]),
+        return_after=np.mean(plain_after),
         env_steps=int(np.any(seen, axis=0).sum() + sum(test.valid.sum() for test in tested)),
         noise=(own.astype(eps.dtype) @ eps, eps.sum(axis=0), np.einsum("kp,kp->p", eps, eps),
                eps_critic),
@@ -1133,7 +1141,7 @@ def adaptations(job):
         rng = generator(EVAL, seed, index + 1, update + 1)
         theta = actor + spread * rng.standard_normal((config.rollouts, len(actor)), np.float32)
         starts = rng.integers(2**31, size=config.rollouts)
-        data = rollout(name, theta, starts, normalise).score(name, goal)
+        data = rollout(name, theta, starts, normalise).score(name, goal, config.alive_bonus)
         step = config.actor_step * config.shrink**update
         actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor,
                            dataclasses.replace(config, actor_step=step), dims, rng)
