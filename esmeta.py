@@ -703,10 +703,6 @@ class Run(NamedTuple):
         reward = np.full_like(reward, np.nan) if self.broken else reward + bonus
         return Trajectories(self.obs, self.action, reward.astype(self.obs.dtype), terminated, valid)
 
-    def part(self, start, stop):
-        """Episodes start .. stop - 1 alone."""
-        return Run(*(array[:, start:stop] for array in self[:4]), self.broken)
-
 
 def rollout(name, theta, starts, normalise):
     """Episodes of A actors theta (A, P) from N seeds `starts`, N / A in turn for each -> Run."""
@@ -779,29 +775,29 @@ def evaluate_worker(job):
     if config.own_credit:  # what one explorer each gets from the worker's step, not theta_bar
         explorers = theta[np.arange(len(goals) * n) % k]
         actors = explorers + np.repeat(actors - theta_bar, n, axis=0)  # (G n, P)
-    tests = rollout(name, actors, np.tile(starts[k + 1 :], len(goals)), normalise)
-    tested = [tests.part(i * n, (i + 1) * n).score(name, goal, config.alive_bonus)
-              for i, goal in enumerate(goals)]
+    tests = rollout(name, actors, np.tile(starts[k + 1 :], len(goals)), normalise).score(
+        name, np.repeat(goals, n, axis=0), config.alive_bonus)
+    tested = [tests.part(i, i + n) for i in range(0, len(goals) * n, n)]
     before = np.array([data.returns() for data in scored])  # (G, K + 1)
     after = np.array([test.returns() for test in tested])  # (G, n)
+    paid_before, paid_after = (  # what of them is bonus
+        config.alive_bonus * np.array([part.valid.sum(axis=0) for part in parts])
+        for parts in (scored, tested))
     fitness = after.mean(axis=1)  # (G,)
     own = own_ranks(before[:, :k], after) if config.own_credit else np.zeros(k)
-    plain_before, plain_after = (  # as the task has them
-        np.array([data.returns() - config.alive_bonus * data.valid.sum(axis=0) for data in datas])
-        for datas in (scored, tested))
-    seen = [data.valid for data in scored]
+    seen = np.any([data.valid for data in scored], axis=0)  # (H, K + 1)
     return Result(
         fitness_actor=np.mean(fitness) - config.risk * np.std(fitness),
         fitness_critic=-np.mean([
             critic_error(*pair, test, mean_reward(data, config), config, dims)
             for pair, test, data in zip(adapted, tested, datas)]),
-        return_before=np.mean(plain_before[:, k]),
-        return_explorers=np.mean(plain_before[:, :k]),
-        return_after=np.mean(plain_after),
-        env_steps=int(np.any(seen, axis=0).sum() + sum(test.valid.sum() for test in tested)),
+        return_before=np.mean((before - paid_before)[:, k]),
+        return_explorers=np.mean((before - paid_before)[:, :k]),
+        return_after=np.mean(after - paid_after),
+        env_steps=int(seen.sum() + tests.valid.sum()),
         noise=(own.astype(eps.dtype) @ eps, eps.sum(axis=0), np.einsum("kp,kp->p", eps, eps),
                eps_critic),
-        moments=moments(run.raw[:-1, :k][np.any(seen, axis=0)[:, :k]]))
+        moments=moments(run.raw[:-1, :k][seen[:, :k]]))
 
 
 # ---- training loop, checkpoints, meta-test --------------------------------------------------

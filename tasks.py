@@ -128,7 +128,6 @@ def test_goals(name):
 test_goals.__test__ = False  # no test, though pytest would collect the name
 
 
-
 def outcomes(name, obs, action, velocity, goal):
     """What steps already taken are worth for any goal, which no task's dynamics see.
 

@@ -1377,11 +1377,24 @@ def test_system_shared_exploration_is_what_each_goal_alone_gives(name):
     np.testing.assert_allclose(result.return_before, returns[:, k].mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("own_credit", [0.0, 2.0])
-def test_system_what_the_fitness_tests(own_credit):
+def test_system_alive_bonus_is_for_living_steps():
+    raw = np.zeros((6, 3, 125))
+    raw[..., 2] = 0.5
+    raw[3:, 1, 2] = 0.1  # below 0.2 m: the third step ends it
+    run = esmeta.Run(raw, np.zeros((5, 3, 8)), raw, np.ones((5, 3)), False)
+    plain, paid = run.score("ant_vel", 1.5), run.score("ant_vel", 1.5, 2.0)
+    np.testing.assert_array_equal(paid.valid.sum(axis=0), [5, 3, 5])
+    close(paid.returns() - plain.returns(), [10, 6, 10], 1e-12)
+    np.testing.assert_array_equal(paid.terminated, plain.terminated)
+    assert np.isnan(run._replace(broken=True).score("ant_vel", 1.5, 2.0).returns()).all()
+
+
+@pytest.mark.parametrize("own_credit, bonus", [(0.0, 0.0), (2.0, 0.0), (2.0, 0.5)])
+def test_system_what_the_fitness_tests(own_credit, bonus):
     """theta_bar + move; with own_credit each explorer + move, which counts for that explorer."""
     name, dims = "point_goal", esmeta.task_dims("point_goal")
-    config = tiny_config(goals=2, rollouts=4, test_rollouts=2, own_credit=own_credit, risk=0.7)
+    config = tiny_config(goals=2, rollouts=4, test_rollouts=2, own_credit=own_credit, risk=0.7,
+                         alive_bonus=bonus)
     meta = esmeta.initial_state(config)
     job = esmeta.make_jobs(config, meta)[1]
     result, eps = esmeta.evaluate_worker(job), esmeta.sample_noise(config, 0, 1, dims)[0]
@@ -1397,8 +1410,8 @@ def test_system_what_the_fitness_tests(own_credit):
         actor = (theta[j] if own_credit else theta.mean(axis=0)) + moves[g]
         run = esmeta.rollout(name, actor[None], starts[5 + t :][:1], copy)
         after[g, t] = run.score(name, job.goals[g]).returns()[0]
-    close(result.return_after, after.mean(), 1e-4)
-    fitness = after.mean(axis=1)
+    close(result.return_after, after.mean(), 1e-4)  # without the bonus
+    fitness = (after + 100 * bonus).mean(axis=1)  # all live for H = 100 steps
     close(result.fitness_actor, fitness.mean() - 0.7 * fitness.std(), 1e-4)
     explored = esmeta.rollout(name, theta, starts[:4], copy)
     before = np.array([explored.score(name, goal).returns() for goal in job.goals])
@@ -1448,10 +1461,9 @@ def test_system_meta_test_on_any_goals(run_of_4, no_pool):
 LITERAL = dict(
     workers=64, correlation=0, obs_clip=0, gamma=0.99, n_step=1, centre=False, critic_updates=1,
     critic_batch=128, critic_lr=1e-3, actor_rule="sgd", actor_step=1e-4, target_tau=1e-3, goals=1,
-    risk=0, own_credit=0,
-    test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
-    lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0,
-    momentum=0, weight_decay=0)
+    alive_bonus=0, risk=0, own_credit=0, test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
+    lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0, momentum=0,
+    weight_decay=0)
 
 
 @pytest.mark.parametrize("name", ["point_goal", "cheetah_vel"])
