@@ -1,10 +1,11 @@
-"""ESMeta: meta reinforcement learning whose exploration distribution evolution strategies learn.
+"""ESMeta: meta-RL with a distribution of exploration parameters learned by evolution strategies.
 
 One file of NumPy for one paper, "Meta Reinforcement Learning with Distribution of Exploration
 Parameters Learned by Evolution Strategies" (Shen, Yang, Yuan, Liu). The tasks are in tasks.py.
 
 Symbols                                                   shape     made by
   mu, sigma   mean and std of P_actor and P_critic        (P,)      initial_state
+  rho         correlation of eps between the K actors               Config.correlation
   eps         (theta - mu) / sigma ~ N(0, 1)              (K, P)    sample_noise
   theta       weights of the K exploring actors           (K, P)    evaluate_worker
   theta_bar   mean of the K actors                        (P,)      evaluate_worker
@@ -12,11 +13,12 @@ Symbols                                                   shape     made by
   F           fitness of a worker                         (M,)      evaluate_worker
   u           utility of a worker: its fitness in ranks   (M,)      utilities
   M, K, H     workers, explorers of a worker, horizon in steps
+  G, N, B     tasks of a worker, episodes side by side, steps taken as one batch
 
 Algorithm 1                                                         function
   initialise P_actor(mu_a, sigma_a), P_critic(mu_c, sigma_c)        initial_state
   while not done                                                    train
-    sample a mini-batch of tasks T_t                                sample_goals
+    sample a mini-batch of tasks T_t                                sample_tasks
     for i in M                                                      Crew.map
       sample K actors theta_1 .. theta_K and a critic phi           evaluate_worker
       for each task t in T_t
@@ -25,6 +27,11 @@ Algorithm 1                                                         function
         train theta_bar and phi on the K trajectories               adapt
         sample the fitness of the adapted actor and critic          rollout, critic_error
     update mu and sigma of actor and critic by Eq. 10               update_distribution
+
+By default it differs (README, "Numbered differences"; --paper is the letter): the K trajectories
+are simulated once and scored for every task, each antithetic pair of workers has its own T_t, the
+fitness tests theta_j + (adapted theta_bar - theta_bar) for each explorer j, and what an explorer
+gets for itself moves mu_a too (own_ranks).
 """
 
 import os
@@ -35,6 +42,7 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.util
 import io
@@ -88,7 +96,7 @@ class Config:
     shrink: float = setting(0.5, "ours", "of the step, for each further update of --eval", 0, 1)
     target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
     goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
-    alive_bonus: float = setting(0.0, "ours", "what training adds to a living step's reward", 0, 100)
+    alive_bonus: float = setting(0.0, "ours", "training adds to a living step's reward", 0, 100)
     risk: float = setting(0.0, "ours", "stds over its tasks that a worker's fitness loses", 0, 10)
     own_credit: float = setting(6.0, "ours", "weight of an explorer's own returns beside F", 0, 100)
     test_rollouts: int = setting(5, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
@@ -112,8 +120,8 @@ TASK_SETTINGS = {  # (ours)
     "ant_dir": dict(goals=2, risk=0.5, actor_step=8.0, test_rollouts=20, lr_mu_actor=17.0,
                     half_life=100.0, momentum=0.7, weight_decay=0.012),
 }
-# The paper's literal form. It names no rates: those of DDPG are Lillicrap's (2015), those of raw
-# Eq. 10 are small because its gradient is 1 / sigma^2 times raw returns
+# The paper's literal form. It names no rates: those of DDPG are Lillicrap's (2015; the actor's was
+# Adam's), those of raw Eq. 10 are small because its gradient is 1 / sigma^2 times raw returns
 PAPER = dict(correlation=0.0, obs_clip=0.0, gamma=0.99, n_step=1, centre=False, cycles=50,
              critic_updates=1, critic_batch=128, critic_lr=1e-3, actor_batch=128, actor_rule="sgd",
              actor_step=1e-4, target_tau=1e-3, shrink=1.0, goals=1, alive_bonus=0.0, risk=0.0,
@@ -150,7 +158,7 @@ def check_config(config):
     return config
 
 
-INIT, NOISE, GOALS, DATA, STARTS, EVAL = range(6)
+INIT, NOISE, GOALS, DATA, STARTS, EVAL = range(6)  # kinds of work, of a generator's key
 
 
 def generator(kind, seed, iteration, index):
@@ -211,16 +219,6 @@ def xavier(shapes, rng):
         parts.append(rng.uniform(-bound, bound, shape))
         parts[-1][-1] = 0.0
     return np.concatenate([part.ravel() for part in parts])
-
-
-def actor_init(dims, rng):
-    """Xavier weights of an actor, theta (P,), float64."""
-    return xavier(actor_shapes(dims), rng)
-
-
-def critic_init(dims, rng):
-    """Xavier weights of a critic, phi (P_c,), float64."""
-    return xavier(critic_shapes(dims), rng)
 
 
 @functools.lru_cache(maxsize=64)
@@ -591,7 +589,7 @@ class MetaState(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A worker's part of an iteration; its noise comes from seeds, not along."""
+    """A worker's part of an iteration; the worker draws its noise itself, from a seed."""
 
     config: Config
     meta: MetaState
@@ -606,7 +604,7 @@ class Job(NamedTuple):
 class Result(NamedTuple):
     """What a worker sends back, means over its tasks."""
 
-    fitness_actor: float  # return after adaptation, less risk times its std over the tasks
+    fitness_actor: float  # of tests, bonus included, less risk times its std over the tasks
     fitness_critic: float  # minus the critic's squared error after adaptation
     return_before: float
     return_explorers: float
@@ -745,11 +743,11 @@ def own_ranks(before, after):
     """Centred ranks r (K,) of a worker's explorers by their own returns, before and after a step.
 
     before (G, K) on each task; after (G, T), test t of task g being of explorer (g T + t) mod K
-    and counted from the mean of its task's tests.
+    and counted from the mean of its task's tests. A worker that broke has no say: zeros.
     """
     own = before.mean(axis=0)
     np.add.at(own, np.arange(after.size) % len(own), (after - after.mean(axis=1)[:, None]).ravel())
-    return centred_ranks(own)
+    return centred_ranks(own) if np.isfinite(own).all() else np.zeros(len(own))
 
 
 @np.errstate(all="ignore")  # a worker that diverges ranks last and is counted, which says enough
@@ -807,15 +805,19 @@ def initial_state(config):
     """Xavier means, constant sigmas, no observation seen: Config -> MetaState, float32."""
     dims = task_dims(config.task)
     rng = generator(INIT, config.seed, 0, 0)
-    mu_actor = actor_init(dims, rng).astype(np.float32)
-    mu_critic = critic_init(dims, rng).astype(np.float32)
+    mu_actor = xavier(actor_shapes(dims), rng).astype(np.float32)
+    mu_critic = xavier(critic_shapes(dims), rng).astype(np.float32)
     return MetaState(mu_actor, np.full_like(mu_actor, config.sigma_actor),
                      mu_critic, np.full_like(mu_critic, config.sigma_critic),
                      np.zeros_like(mu_actor), 0.0, np.zeros(dims.obs), np.zeros(dims.obs), 0, 0)
 
 
-def sample_goals(config, iteration, stream):
-    """T_t: G goals (G, ..), one from each G-th of a range of velocities, directions in turn."""
+def sample_tasks(config, iteration, stream):
+    """T_t: the G goals (G, ..) of a pair of workers, or (stream 0) of all.
+
+    Velocities: one uniform in each of G equal parts of the range. Directions: in turn, the first
+    at random. Points: uniform.
+    """
     rng, n = generator(GOALS, config.seed, iteration, stream), config.goals
     task = tasks.TASKS[config.task]
     if task.direction:
@@ -829,7 +831,7 @@ def sample_goals(config, iteration, stream):
 def make_jobs(config, meta):
     """The M jobs of an iteration; each antithetic pair has its own tasks, else all share them."""
     meta = meta._replace(velocity=None)  # no worker needs it
-    return [Job(config, meta, sample_goals(
+    return [Job(config, meta, sample_tasks(
         config, meta.iteration, i // 2 if config.antithetic else 0), i)
         for i in range(config.workers)]
 
@@ -957,7 +959,8 @@ LOG_COLUMNS = ("iteration", "return_before", "return_explorers", "return_after",
 
 
 def iterate(config, meta, crew, progress=lambda count: None):
-    """One turn of Algorithm 1's outer loop: -> MetaState, row of log.csv, number of failed workers.
+    """One turn of Algorithm 1's outer loop: -> MetaState, row of log.csv but for its `seconds`,
+    number of failed workers.
 
     Raises RuntimeError where no worker has a finite fitness.
     """
@@ -982,9 +985,9 @@ def train(config, iterations=None, processes=None, out=None, resume=False, pool=
           ray_address=None):
     """Algorithm 1 up to `iterations` in all, each a row of log.csv and a checkpoint: -> MetaState.
 
-    `out` is the run directory, by default runs/<task>-seed<N>. None of the arguments after config
-    changes a bit of the result. Raises ValueError for what cannot be, RuntimeError for a run that
-    cannot go on; the checkpoint of the last whole iteration stays.
+    `out` is the run directory, by default runs/<task>-seed<N>. Of the arguments after config only
+    `iterations` changes the result. Raises ValueError for what cannot be, RuntimeError for a run
+    that cannot go on; the checkpoint of the last whole iteration stays.
     """
     config = check_config(config)
     iterations = ITERATIONS[config.task] if iterations is None else iterations
@@ -1016,8 +1019,6 @@ def train(config, iterations=None, processes=None, out=None, resume=False, pool=
 @contextlib.contextmanager
 def run_directory(out, resume):
     """Hold the run directory for this process alone; ValueError where it cannot be used."""
-    import fcntl  # here: --eval works where there is none
-
     if resume and not out.is_dir():
         raise ValueError(f"no run to resume in {out}")
     if not resume and (out / "checkpoint.npz").exists():
@@ -1279,7 +1280,9 @@ def stop(signum, _):
 
 def run(argv):
     """Do what the command line says; ValueError for what it should not say."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     explicit = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)
                 if getattr(args, field.name) is not None}
     processes = os.cpu_count() if args.processes is None else args.processes
@@ -1287,6 +1290,8 @@ def run(argv):
         raise ValueError("--processes must be from 1 to 4096, --updates from 0 to 10000, --out a "
                          f"directory, not {processes}, {args.updates}, {args.out!r}")
     if args.eval is not None:
+        if wrong := given - {"eval", "updates", "rollouts", "processes"}:
+            raise ValueError(f"--eval takes no --{min(wrong).replace('_', '-')}")
         return report_eval(args.eval, args.updates, processes, args.rollouts)
     task = explicit.pop("task", Config.task)
     config = check_config(make_config(task, args.paper, **explicit))
@@ -1300,7 +1305,8 @@ def main(argv=None):
         run(argv)
     except SystemExit as end:
         if end.code in (130, 143):
-            print("\nesmeta: stopped; --resume with the same flags goes on", file=sys.stderr)
+            print("\nesmeta: stopped; with --resume and the same flags a training goes on",
+                  file=sys.stderr)
         return end.code or 0
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print("esmeta: error: " + " ".join(str(error).split()), file=sys.stderr)

@@ -74,28 +74,28 @@ class Task(NamedTuple):
     model: str | None  # None: no physics engine
     obs: int
     act: int
-    horizon: int  # H, steps
-    rollouts: int  # K, the trajectories that one adaptation sees
-    direction: bool  # the goal is goal_low or goal_high, nothing between
     goal_low: float
     goal_high: float
-    goal_shape: tuple[int, ...]  # of one goal; () is a scalar
-    test_seed: int  # of MAML's 40 test goals,
-    test_high: float  # which for a direction are U(0, test_high) thresholded in the middle
-    reward: Callable
+    test_seed: int  # of MAML's 40 test goals
+    direction: bool = False  # the goal is goal_low or goal_high, nothing between
+    test_high: float | None = None  # a direction's test goals are U(0, test_high), which halves it
+    goal_shape: tuple[int, ...] = ()  # of one goal; () is a scalar
+    horizon: int = 200  # H, steps
+    rollouts: int = 20  # K, the trajectories that one adaptation sees
+    reward: Callable | None = None  # of (velocity, action, contact, goal); the point's is another
 
 
 TASKS = {task.name: task for task in (
-    Task("cheetah_vel", "esmeta/CheetahVel-v0", "half_cheetah.xml", 20, 6, 200, 20,
-         False, 0.0, 2.0, (), 1, 2.0, cheetah_vel_reward),
-    Task("cheetah_dir", "esmeta/CheetahDir-v0", "half_cheetah.xml", 20, 6, 200, 20,
-         True, -1.0, 1.0, (), 1, 2.0, cheetah_dir_reward),
-    Task("ant_vel", "esmeta/AntVel-v0", "ant.xml", 125, 8, 200, 20,
-         False, 0.0, 3.0, (), 1, 3.0, ant_vel_reward),
-    Task("ant_dir", "esmeta/AntDir-v0", "ant.xml", 125, 8, 200, 40,
-         True, -1.0, 1.0, (), 2, 3.0, ant_dir_reward),
-    Task("point_goal", "esmeta/PointGoal-v0", None, 2, 2, 100, 20,
-         False, -0.5, 0.5, (2,), 1, 0.5, point_reward),
+    Task("cheetah_vel", "esmeta/CheetahVel-v0", "half_cheetah.xml", obs=20, act=6,
+         goal_low=0.0, goal_high=2.0, test_seed=1, reward=cheetah_vel_reward),
+    Task("cheetah_dir", "esmeta/CheetahDir-v0", "half_cheetah.xml", obs=20, act=6, goal_low=-1.0,
+         goal_high=1.0, test_seed=1, direction=True, test_high=2.0, reward=cheetah_dir_reward),
+    Task("ant_vel", "esmeta/AntVel-v0", "ant.xml", obs=125, act=8,
+         goal_low=0.0, goal_high=3.0, test_seed=1, reward=ant_vel_reward),
+    Task("ant_dir", "esmeta/AntDir-v0", "ant.xml", obs=125, act=8, goal_low=-1.0, goal_high=1.0,
+         test_seed=2, direction=True, test_high=3.0, rollouts=40, reward=ant_dir_reward),
+    Task("point_goal", "esmeta/PointGoal-v0", None, obs=2, act=2,
+         goal_low=-0.5, goal_high=0.5, test_seed=1, goal_shape=(2,), horizon=100),
 )}
 
 
@@ -215,13 +215,15 @@ class GoalVectorEnv(VectorEnv):
                              f"not {np.shape(action)}")
         before, obs = self._living, np.empty((self.num_envs, self.task.obs))
         self.advance(np.asarray(action), obs)
-        reward, terminated, info = self._outcome(obs)
+        velocity, unstable = self.velocity(), self.unstable()
+        reward, terminated = outcomes(self.task.name, obs, self._action, velocity, self.goal)
+        info = {"unstable": unstable} | ({"x_velocity": velocity.copy()} if self.task.model else {})
         if before is not None:  # the state of the others stands still, and is terminal as before
             reward[~np.isin(np.arange(self.num_envs), before)] = 0.0
         self.elapsed += 1
         # the horizon is no termination: its last state has a future, which adaptation bootstraps
         truncated = (np.ones if self.elapsed >= self.horizon else np.zeros)(self.num_envs, bool)
-        return obs, reward, terminated, truncated, info
+        return obs, reward, terminated | unstable, truncated, info
 
     def advance(self, action, out):
         """`step` for those who score later, by `outcomes`: the observation goes to `out`.
@@ -256,10 +258,6 @@ class PointVectorEnv(GoalVectorEnv):
 
     def _ended(self, obs):
         return point_terminated(obs, self.goal)
-
-    def _outcome(self, obs):
-        reward = point_reward(obs, self.goal)
-        return reward, self._ended(obs), {"unstable": np.isnan(reward)}
 
     def velocity(self):
         """No task of the point asks for it: 0."""
@@ -344,12 +342,6 @@ class MujocoVectorEnv(GoalVectorEnv):
 
     def _ended(self, obs):
         return self.unstable() | ant_terminated(obs[:, :29]) if self._ant else self.unstable()
-
-    def _outcome(self, obs):
-        velocity = self._x_velocity.copy()
-        contact = self._contact if self._ant else None
-        reward = self.task.reward(velocity, self._action, contact, self.goal)
-        return reward, self._ended(obs), {"x_velocity": velocity, "unstable": self.unstable()}
 
 
 # ---- one environment, for Gymnasium ------------------------------------------------------------

@@ -34,9 +34,14 @@ CASES = [  # run, updates, variants
 
 def parse(variant):
     """The settings of 'name=value name=value', as the command line of esmeta would read them."""
+    names = [word.split("=")[0] for word in variant.split()]
+    known = {field.name for field in dataclasses.fields(esmeta.Config)} - {"task", "seed"}
+    for word, name in zip(variant.split(), names):
+        if name not in known or "=" not in word:
+            raise ValueError(f"{word} is no setting: name=value, name one of {sorted(known)}")
     flags = [f"--{word.replace('_', '-')}" for word in variant.split()]
     args = vars(esmeta.make_parser().parse_args(flags))
-    return {word.split("=")[0]: args[word.split("=")[0]] for word in variant.split()}
+    return {name: args[name] for name in names}
 
 
 def gains(run, updates, variants, crew):

@@ -47,6 +47,8 @@ def results_table():
             yield row([f"`{task}`", "not run", "", "", "", *others(task)])
             continue
         goals, values = returns(task)
+        if values is None or values.shape[1] < 4:
+            raise ValueError(f"no eval.csv with 3 updates in {find_runs(task)[0]}")
         yield row([f"`{task}`", *(spread(values[:, u]) for u in range(4)), *others(task)])
         for label, sign in ("forward", 1), ("backward", -1):
             if tasks.find_task(task).direction:
