@@ -1284,7 +1284,7 @@ def run(argv):
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     explicit = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)
-                if getattr(args, field.name) is not None}
+                if field.name in given}
     processes = os.cpu_count() if args.processes is None else args.processes
     if not 1 <= processes <= 4096 or not 0 <= args.updates <= 10_000 or args.out == "":
         raise ValueError("--processes must be from 1 to 4096, --updates from 0 to 10000, --out a "
@@ -1293,6 +1293,8 @@ def run(argv):
         if wrong := given - {"eval", "updates", "rollouts", "processes"}:
             raise ValueError(f"--eval takes no --{min(wrong).replace('_', '-')}")
         return report_eval(args.eval, args.updates, processes, args.rollouts)
+    if "updates" in given:
+        raise ValueError("--updates needs --eval")
     task = explicit.pop("task", Config.task)
     config = check_config(make_config(task, args.paper, **explicit))
     train(config, args.iterations, processes, args.out, args.resume, args.pool, args.ray_address)

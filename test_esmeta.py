@@ -1890,13 +1890,14 @@ def refused(run_of_4, tmp_path, monkeypatch, capsys):
     "--lr-mu-actor nan", "--lr-sigma-actor -1", "--lr-mu-critic inf", "--half-life -1",
     "--half-life nan", "--seed -1", "--seed 1.5", "--seed 99999999999999999999", "--iterations -1",
     "--iterations x", "--processes 0", "--processes -1", "--processes 1000000", "--processes x",
-    "--updates -1", "--updates x", "--pool cloud", "--pool", "--horizon 0", "--iter 3", "--out",
-    "--out ''", "--out file", "--out run", "--ray-address 127.0.0.1:6379", "walker",
-    "--resume --out missing", "--resume --out file", "--resume --out folder", "--eval",
+    "--updates -1", "--updates x", "--updates 3", "--pool cloud", "--pool", "--horizon 0",
+    "--iter 3", "--out", "--out ''", "--out file", "--out run", "--ray-address 127.0.0.1:6379",
+    "walker", "--resume --out missing", "--resume --out file", "--resume --out folder", "--eval",
     "--eval missing", "--eval none", "--eval file", "--eval folder",
     "--eval folder/checkpoint.npz", "--eval run --updates -1", "--eval run --processes 0",
-    "--eval run --seed 3", "--eval run --actor-step 2", "--eval run --out new", "--eval run --paper",
-    "--eval run --resume", "--eval run --pool ray", "--eval run --iterations 5"])
+    "--eval run --seed 3", "--eval run --actor-step 2", "--eval run --out new",
+    "--eval run --paper", "--eval run --resume", "--eval run --pool ray",
+    "--eval run --iterations 5"])
 def test_input_is_refused_in_one_line_that_names_it(line, refused):
     words = [word.lstrip("-").replace("-", "_") for word in shlex.split(line)]
     words = [word for word in words if word != "eval"] or words

@@ -181,9 +181,8 @@ def figure2(plt, task="cheetah_vel"):
     base = find_runs(task)
     panels = [[(base, BLUE)], [(base, BLUE)]]
     for panel, variant, colour in ((0, "M16", ORANGE), (0, "fixed_sigma", GREEN),
-                                   (1, "cycles1", GREEN), (1, "cycles3", ORANGE)):
-        if any(HERE.glob(f"{task}-{variant}-seed*")) or variant != "cycles1":
-            panels[panel].append((find_runs(task, variant), colour))
+                                   (1, "cycles3", ORANGE)):
+        panels[panel].append((find_runs(task, variant), colour))
     if not any(runs for panel in panels for runs, _ in panel):
         return None
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
