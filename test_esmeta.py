@@ -11,7 +11,6 @@ import json
 import math
 import multiprocessing
 import os
-import pathlib
 import pickle
 import random
 import re
@@ -43,9 +42,9 @@ from results import ablate, gain, table
 SEED = st.integers(0, 2**32 - 1)
 SMALL = st.builds(Dims, st.integers(1, 4), st.integers(1, 3), st.integers(2, 4))
 REAL = st.builds(Dims, st.integers(9, 30), st.integers(5, 9), st.integers(31, 100))
-settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.register_profile("untimed", deadline=None, derandomize=True)  # busy: no failure
 settings.load_profile("untimed")
-quick = settings(max_examples=15, derandomize=True)
+quick = settings(max_examples=15)
 
 
 BASE = dict(task="point_goal", obs_clip=5.0, gamma=0.97, n_step=3, centre=True, actor_rule="sigma",
@@ -330,6 +329,17 @@ def test_fit_critic_descends_the_semi_gradient(dims, seed):
     close(fitted, expected)
     through_y = numeric_gradient(lambda x: loss(x, rows[0], targets(x)), phi)
     assert not np.allclose(through_y, gradients[0], rtol=0.01)  # the check tells them apart
+    moments = np.zeros((2, len(phi)))  # Adam goes on where it was
+    once = esmeta.fit_critic(phi, obs, action, y, rows[:1], 0.01, dims, moments, 0)
+    close(esmeta.fit_critic(once, obs, action, y, rows[1:], 0.01, dims, moments, 1),
+          esmeta.fit_critic(phi, obs, action, y, rows, 0.01, dims), 1e-12)
+
+
+def test_state_values_of_many_rows():
+    dims = Dims(3, 2, 5)
+    theta, phi, obs, _ = make_nets(dims, 0, rows=1202)
+    q, _ = plain_critic(phi, obs, plain_actor(theta, obs, dims)[0], dims)
+    close(esmeta.state_values(theta, phi, obs.reshape(601, 2, 3), dims), q.reshape(601, 2))
 
 
 @quick
@@ -578,7 +588,7 @@ def test_ascend_is_one_sgd_step(natural, rho=0.5):
             close(far, np.clip(limit, 1e-5, 1.0), 1e-6)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 5), st.integers(2, 6))
+@given(SEED, st.integers(1, 3), st.integers(1, 5), st.integers(2, 6))
 def test_own_ranks(seed, goals, tests, k):
     rng = np.random.default_rng(seed)
     before, after = rng.standard_normal((goals, k)), rng.standard_normal((goals, tests))
@@ -616,7 +626,7 @@ def test_ascend_climbs_and_learns_sigma(antithetic, a, goal, lr_mu):
 
 def test_update_distribution_has_four_learning_rates():
     rng, config = np.random.default_rng(0), make_config(
-        rollouts=3, lr_mu_actor=1.0, lr_sigma_actor=0.2, lr_mu_critic=3.0, lr_sigma_critic=0.4)
+        rollouts=3, lr_mu_actor=1.5, lr_sigma_actor=0.2, lr_mu_critic=3.0, lr_sigma_critic=0.4)
     eps, eps_critic = rng.standard_normal((6, 3, 5)), rng.standard_normal((6, 4))
     F_actor, F_critic = rng.standard_normal((2, 6))
     actor, critic = (rng.normal(size=5), np.full(5, 0.2)), (rng.normal(size=4), np.full(4, 0.3))
@@ -625,7 +635,7 @@ def test_update_distribution_has_four_learning_rates():
     results = [esmeta.Result(*f, 0, 0, 0, 0, (own, e.sum(0), (e**2).sum(0), e_critic), ())
                for *f, own, e, e_critic in zip(F_actor, F_critic, eps_own, eps, eps_critic)]
     expected = (
-        *esmeta.ascend(*actor, eps.sum(1), (eps**2).sum(1), F_actor, 3, 0.5, 1.0, 0.2, config),
+        *esmeta.ascend(*actor, eps.sum(1), (eps**2).sum(1), F_actor, 3, 0.5, 1.5, 0.2, config),
         *esmeta.ascend(*critic, eps_critic, eps_critic**2, F_critic, 1, 0.0, 3.0, 0.4, config))
     new, ratio = esmeta.update_distribution(meta, results, config)
     for value, other in zip(new[:4], expected):
@@ -635,7 +645,7 @@ def test_update_distribution_has_four_learning_rates():
     close(ratio, np.linalg.norm(expected[0] - actor[0]) / np.linalg.norm(actor[0]))
     config = dataclasses.replace(config, own_credit=2.0)
     new, _ = esmeta.update_distribution(meta, results, config)
-    close(new.mu_actor, expected[0] + 2 * 0.2 * eps_own.sum(0) / (6 * 3))
+    close(new.mu_actor, expected[0] + 1.5 * 2 * 0.2 * eps_own.sum(0) / (6 * 3))
     later, _ = esmeta.update_distribution(
         meta, results, dataclasses.replace(config, half_life=3.5))  # two of them
     close(later.mu_actor - meta.mu_actor, (new.mu_actor - meta.mu_actor) / 4)
@@ -718,7 +728,7 @@ def test_normaliser():
 # ---- tasks -------------------------------------------------------------------------------------
 
 MUJOCO_TASKS = ["cheetah_vel", "cheetah_dir", "ant_vel", "ant_dir"]
-ASSETS = pathlib.Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
 
 @pytest.fixture(autouse=True)
@@ -879,6 +889,8 @@ def test_tasks_sampled_goals_fill_the_range(name):
     assert goals.shape == tasks.sample_goals(name, np.random.default_rng(1), 2000).shape
     assert goals.shape[0] == 2000 and goals.shape[1:] == tasks.test_goals(name).shape[1:]
     assert task.goal_low <= goals.min() and goals.max() <= task.goal_high
+    width = task.goal_high - task.goal_low
+    assert goals.min() < task.goal_low + 0.01 * width and goals.max() > task.goal_high - 0.01 * width
     assert abs(goals.mean() - (task.goal_low + task.goal_high) / 2) < 0.1
     assert (len(np.unique(goals)) == 2) == name.endswith("dir")
     assert (goals == tasks.sample_goals(name, np.random.default_rng(0), 2000)).all()
@@ -890,7 +902,7 @@ def test_tasks_sampled_goals_fill_the_range(name):
 numbers = st.floats(-20, 20)
 
 
-@given(st.integers(1, 5), st.integers(0, 2**32 - 1), st.floats(0, 30))
+@given(st.integers(1, 5), SEED, st.floats(0, 30))
 def test_tasks_rewards_are_their_formulas(n, seed, scale):
     rng = np.random.default_rng(seed)
     v, g = scale * rng.standard_normal((2, n))
@@ -1193,7 +1205,7 @@ def test_tasks_render_where_the_machine_can():
               "env = gymnasium.make('esmeta/AntVel-v0', render_mode='rgb_array'); "
               "env.reset(seed=0); frame = env.render(); env.close(); "
               "print(frame.shape, frame.dtype, frame.std() > 1)")
-    path = str(pathlib.Path(tasks.__file__).parent)
+    path = str(Path(tasks.__file__).parent)
     ran = subprocess.run(  # in a process of its own: MUJOCO_GL counts before the import only
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
         env={**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl"), "PYTHONPATH": path})
@@ -1349,18 +1361,25 @@ def test_system_shared_exploration_is_what_each_goal_alone_gives(name):
     starts = esmeta.generator(esmeta.STARTS, 0, 0, 1).integers(2**31, size=k + 2)[: k + 1].tolist()
     # the worker's bits: a fallen ant's path depends on the last one of its actions
     policy, action = esmeta.make_policy(theta, 1, dims), np.empty((k + 1, dims.act), np.float32)
-    returns = np.zeros((2, k + 1))
-    for goal, total in zip(job.goals, returns):
+    returns, seen = np.zeros((2, k + 1)), []
+    for g, goal in enumerate(job.goals):
         env, alive = tasks.make_vec(name, k + 1, goal=goal), np.ones(k + 1, bool)
         raw, _ = env.reset(seed=starts)
         for _ in range(tasks.TASKS[name].horizon):
+            if g == 0:
+                seen.append(raw[:k][alive[:k]])
             obs = np.clip((raw - 0.1) / np.sqrt(4 + 1e-8), -5, 5).astype(np.float32)
             policy(obs, action)
             raw, reward, terminated, _, _ = env.step(action)
-            total += reward * alive
+            returns[g] += reward * alive
             alive &= ~terminated
     np.testing.assert_allclose(result.return_explorers, returns[:, :k].mean(), rtol=1e-5)
     np.testing.assert_allclose(result.return_before, returns[:, k].mean(), rtol=1e-5)
+    if name != "point_goal":  # whose ends depend on the goal
+        seen = np.vstack(seen)
+        assert result.moments[0] == len(seen)
+        close(result.moments[1], seen.mean(axis=0), 1e-5)
+        np.testing.assert_allclose(result.moments[2], len(seen) * seen.var(axis=0), rtol=1e-4)
 
 
 def test_system_alive_bonus_is_for_living_steps():
@@ -1376,33 +1395,87 @@ def test_system_alive_bonus_is_for_living_steps():
 
 
 @pytest.mark.parametrize("own_credit, bonus", [(0.0, 0.0), (2.0, 0.0), (2.0, 0.5)])
-def test_system_what_the_fitness_tests(own_credit, bonus):
-    """theta_bar + move; with own_credit each explorer + move, which counts for that explorer."""
-    name, dims = "point_goal", esmeta.task_dims("point_goal")
-    config = tiny_config(goals=2, rollouts=4, test_rollouts=2, own_credit=own_credit, risk=0.7,
-                         alive_bonus=bonus)
+def test_system_worker_by_hand(own_credit, bonus):
+    """Tests are of theta_bar + move, or (own_credit) of each explorer + move, in turn."""
+    name, dims, k = "point_goal", esmeta.task_dims("point_goal"), 3
+    config = tiny_config(goals=2, rollouts=k, test_rollouts=2, own_credit=own_credit, risk=0.7,
+                         alive_bonus=bonus, centre=False)
     meta = esmeta.initial_state(config)
-    job = esmeta.make_jobs(config, meta)[1]
-    result, eps = esmeta.evaluate_worker(job), esmeta.sample_noise(config, 0, 1, dims)[0]
-    theta, moves = meta.mu_actor + meta.sigma_actor * eps, []
-    adapt = esmeta.adapt
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(esmeta, "adapt", lambda theta_bar, *rest: moves.append(
-            (adapted := adapt(theta_bar, *rest))[0] - theta_bar) or adapted)
-        assert str(esmeta.evaluate_worker(job)) == str(result) and len(moves) == 2
-    starts = esmeta.generator(esmeta.STARTS, 0, 0, 0).integers(2**31, size=4 + 1 + 2)
-    after, copy = np.zeros((2, 2)), esmeta.make_normaliser(meta, config)
-    for (g, t), j in zip(np.ndindex(2, 2), range(4)):
-        actor = (theta[j] if own_credit else theta.mean(axis=0)) + moves[g]
-        run = esmeta.rollout(name, actor[None], starts[5 + t :][:1], copy)
-        after[g, t] = run.score(name, job.goals[g]).returns()[0]
+    job, copy = esmeta.make_jobs(config, meta)[1], esmeta.make_normaliser(meta, config)
+    result = esmeta.evaluate_worker(job)
+    eps, eps_critic = esmeta.sample_noise(config, 0, 1, dims)
+    theta, phi = meta.mu_actor + meta.sigma_actor * eps, meta.mu_critic + 0.03 * eps_critic
+    theta_bar = theta.mean(axis=0)
+    starts = esmeta.generator(esmeta.STARTS, 0, 0, 0).integers(2**31, size=k + 1 + 2)
+    explored = esmeta.rollout(name, theta, starts[:k], copy)
+    after, errors, before = np.zeros((2, 2)), [], []
+    for g, goal in enumerate(job.goals):
+        data = explored.score(name, goal, bonus)
+        before.append(explored.score(name, goal).returns())
+        actor, critic = esmeta.adapt(theta_bar, phi, data, meta.sigma_actor, config, dims,
+                                     esmeta.generator(esmeta.DATA, 0, 0, 0))
+        for t in range(2):
+            base = theta[(2 * g + t) % k] if own_credit else theta_bar
+            run = esmeta.rollout(name, (base + actor - theta_bar)[None], starts[k + 1 + t :][:1],
+                                 copy)
+            after[g, t] = run.score(name, goal).returns()[0]
+            errors.append(esmeta.critic_error(
+                actor, critic, run.score(name, goal, bonus), 0.0, config, dims))
     close(result.return_after, after.mean(), 1e-4)  # without the bonus
+    close(result.return_explorers, np.mean(before), 1e-4)
     fitness = (after + 100 * bonus).mean(axis=1)  # all live for H = 100 steps
     close(result.fitness_actor, fitness.mean() - 0.7 * fitness.std(), 1e-4)
-    explored = esmeta.rollout(name, theta, starts[:4], copy)
-    before = np.array([explored.score(name, goal).returns() for goal in job.goals])
-    r = esmeta.own_ranks(before, after) if own_credit else np.zeros(4)
-    close(result.noise[0], r @ eps, 1e-4)
+    close(result.fitness_critic, -np.mean(errors), 1e-3)
+    r = esmeta.own_ranks(np.array(before), after) if own_credit else np.zeros(k)
+    for part, other in zip(result.noise, (r @ eps, eps.sum(0), (eps**2).sum(0), eps_critic)):
+        close(part, other, 1e-4)
+
+
+def test_system_adaptations_by_hand():
+    """Fresh explorers around the current actor, half a step each further time, the same critic."""
+    name, dims = "point_goal", esmeta.task_dims("point_goal")
+    config = tiny_config(alive_bonus=0.5, centre=False, shrink=0.5, correlation=0.75)
+    meta, goal = esmeta.initial_state(config), tasks.test_goals(name)[3]
+    job, copy = esmeta.EvalJob(config, meta, goal, 3, 3, 5), esmeta.make_normaliser(meta, config)
+    actor, phi, actors = meta.mu_actor, meta.mu_critic, [meta.mu_actor]
+    for update, part in enumerate((1.0, 0.5, 0.25), start=1):
+        rng = esmeta.generator(esmeta.EVAL, 5, 4, update)
+        theta = actor + 0.5 * meta.sigma_actor * rng.standard_normal((3, len(actor)), np.float32)
+        data = esmeta.rollout(name, theta, rng.integers(2**31, size=3), copy)
+        step = dataclasses.replace(config, actor_step=part * config.actor_step)
+        actor, phi = esmeta.adapt(theta.mean(axis=0), phi, data.score(name, goal, 0.5),
+                                  meta.sigma_actor, step, dims, rng)
+        actors.append(actor)
+    np.testing.assert_array_equal(list(esmeta.adaptations(job)), actors)
+    starts = esmeta.generator(esmeta.EVAL, 5, 0, 0).integers(2**31, size=20)
+    np.testing.assert_array_equal(esmeta.evaluate_goal(job), [  # without the bonus
+        esmeta.rollout(name, actor[None], starts, copy).score(name, goal).returns().mean()
+        for actor in actors])
+
+
+@pytest.mark.parametrize("name", ["cheetah_vel", "ant_vel", "ant_dir", "point_goal"])
+def test_system_each_pair_has_goals_spread_over_the_range(name):
+    def goals(**fields):
+        config = tiny_config(name, **{**dict(workers=80, goals=4), **fields})
+        meta = esmeta.initial_state(config)._replace(iteration=iteration)
+        return np.array([job.goals for job in esmeta.make_jobs(config, meta)])
+
+    task, iteration = tasks.TASKS[name], 0
+    first = goals()
+    np.testing.assert_array_equal(first[::2], first[1::2])
+    pairs = first[::2].reshape(40, 4, -1)
+    share = (pairs - task.goal_low) / (task.goal_high - task.goal_low)
+    if task.direction:
+        assert set(map(tuple, share[..., 0])) == {(0, 1, 0, 1), (1, 0, 1, 0)}
+    else:
+        assert share.min() >= 0 and share.max() <= 1 and len(np.unique(pairs)) == pairs.size
+    if name.endswith("vel"):
+        np.testing.assert_array_equal(np.floor(4 * share[..., 0]), np.tile(np.arange(4), (40, 1)))
+        assert np.ptp(4 * share[..., 0] % 1) > 0.9
+    shared = goals(antithetic=False)
+    np.testing.assert_array_equal(shared, np.broadcast_to(shared[0], shared.shape))
+    iteration = 1
+    assert not np.array_equal(goals(), first)
 
 
 def test_system_eval_is_one_table_for_any_process_count(run_of_4, capsys):
@@ -1445,18 +1518,18 @@ def test_system_meta_test_on_any_goals(run_of_4, no_pool):
 
 
 LITERAL = dict(
-    workers=64, correlation=0, obs_clip=0, gamma=0.99, n_step=1, centre=False, critic_updates=1,
-    critic_batch=128, critic_lr=1e-3, actor_rule="sgd", actor_step=1e-4, target_tau=1e-3, goals=1,
-    alive_bonus=0, risk=0, own_credit=0, test_rollouts=1, antithetic=False, utility="raw",
-    natural=False, lr_mu_actor=1e-5, lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5,
-    half_life=0, momentum=0, weight_decay=0)
+    workers=64, correlation=0, obs_clip=0, gamma=0.99, n_step=1, centre=False, cycles=50,
+    critic_updates=1, critic_batch=128, critic_lr=1e-3, actor_batch=128, actor_rule="sgd",
+    actor_step=1e-4, target_tau=1e-3, shrink=1, goals=1, alive_bonus=0, risk=0, own_credit=0,
+    test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
+    lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0, momentum=0,
+    weight_decay=0)
 
 
 @pytest.mark.parametrize("name", ["point_goal", "cheetah_vel"])
 def test_system_paper_is_the_literal_form(name, no_pool, tmp_path):
     for task, k in (name, 20), ("ant_dir", 40):
-        config = dataclasses.asdict(esmeta.make_config(task, paper=True))
-        assert config == config | LITERAL | dict(rollouts=k)
+        assert esmeta.make_config(task, True) == esmeta.Config(task=task, rollouts=k, **LITERAL)
     line = f"--paper --task {name} --workers 2 --rollouts 2 --critic-batch 8 --iterations 1"
     assert call(line, tmp_path / "run") == 0
     stored, meta = esmeta.load_checkpoint(tmp_path / "run")
@@ -1545,7 +1618,8 @@ def test_system_ablations_run(capsys):
     line = ["--task", "point_goal", "--iterations", "2", "--processes", "1", "--seeds", "2"]
     assert ablate.main([*line, "workers=2 rollouts=2", "workers=2 rollouts=2 natural=false"]) == 0
     one, other = capsys.readouterr().out.splitlines()
-    assert one.startswith("point_goal,2,2,workers=2 rollouts=2,-") and one != other
+    assert one.startswith("point_goal,2,2,workers=2 rollouts=2,-")
+    assert one.split(",")[-2:] != other.split(",")[-2:]
     for variant, error in (("risk=-1", "risk must be from 0"), ("seed=1", "seed=1 is no setting"),
                            ("iterations=3", "iterations=3 is no"), ("risk", "risk is no")):
         assert ablate.main([variant]) == 2
@@ -1931,7 +2005,7 @@ def test_input_broken_checkpoint_is_refused(name, refused):
     assert not Path("trapped").exists()
 
 
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_input_flipped_and_cut_checkpoints_load_equal_or_are_refused(run_of_4, data):
     good = (run_of_4 / "checkpoint.npz").read_bytes()
