@@ -823,17 +823,6 @@ def test_tasks_equal_an_independent_loop_over_plain_mjdata(name):
     assert forces > 1.0  # the reference's own forces, so that the test cannot compare zeros
 
 
-def test_tasks_ant_feels_the_ground():
-    envs = tasks.make_vec("ant_vel", 2)
-    obs, _ = envs.reset(seed=0)
-    for _ in range(60):
-        obs = envs.step(np.zeros((2, 8)))[0]
-    force = obs[:, 29:113].reshape(2, 14, 6)
-    assert (force[:, 0] == 0).all()  # the world body's row
-    assert (np.abs(force).max(axis=(1, 2)) > 0.5).all()
-    assert (np.abs(force) <= 1).all()
-
-
 def test_tasks_first_observation_is_forwarded_and_noise_is_mamls():
     for name, qpos0 in (("cheetah_dir", np.zeros(9)),
                         ("ant_dir", [0, 0, .55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1])):
@@ -1069,10 +1058,11 @@ def test_tasks_writing_into_what_was_returned_or_given_changes_nothing(name):
             x[...] = 1
         obs, reward, terminated, truncated, info = envs.step(action)
         seen += [x.copy() for x in (obs, reward, terminated, truncated, *info.values())]
+        last = terminated.copy()
         reward[...] = terminated[...] = truncated[...] = action[...] = 0
     assert_same_bits(expected, seen)
     if name == "ant_vel":
-        assert seen[-4].any()  # with a termination among them, which froze
+        assert last.any()  # with a termination among them, which froze
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
@@ -1137,19 +1127,6 @@ def test_tasks_bad_actions_do_not_crash(name):
         envs.step(np.zeros(act))  # would broadcast
 
 
-def test_tasks_actions_are_not_cast_to_float32():
-    envs = tasks.make_vec("ant_dir", 1)
-    action = np.full((1, 8), 0.1)
-    envs.reset(seed=0)
-    exact = envs.step(action)[0]
-    envs.reset(seed=0)
-    assert (envs.step(action.astype(np.float32))[0] != exact).any()
-    envs.reset(seed=0)
-    ones = envs.step(np.ones((1, 8)))[0]
-    envs.reset(seed=0)
-    assert (envs.step(np.full((1, 8), 7))[0] == ones).all()  # clipped; integers are fine too
-
-
 def test_tasks_bad_names_goals_seeds_and_options():
     for call in (lambda n: tasks.make_vec(n, 1), tasks.test_goals,
                  lambda n: tasks.sample_goals(n, np.random.default_rng(0), 1)):
@@ -1201,16 +1178,18 @@ def test_tasks_render_where_the_machine_can():
     frame = env.render()
     assert frame.shape == (480, 480, 3) and frame.dtype == np.uint8
     assert (frame[240, 240] == 0).all() and frame[180, 300].tolist() == [0, 160, 0]
-    script = ("import gymnasium, tasks; "
+    script = ("import sys; from results import video; video.CAN_RENDER or sys.exit(77); "
+              "import gymnasium, tasks; "
               "env = gymnasium.make('esmeta/AntVel-v0', render_mode='rgb_array'); "
               "env.reset(seed=0); frame = env.render(); env.close(); "
               "print(frame.shape, frame.dtype, frame.std() > 1)")
     path = str(Path(tasks.__file__).parent)
     ran = subprocess.run(  # in a process of its own: MUJOCO_GL counts before the import only
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl"), "PYTHONPATH": path})
-    if ran.returncode:
-        pytest.skip(f"no OpenGL here: {ran.stderr.strip().splitlines()[-1]}")
+        [sys.executable, "-c", script], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path})
+    if ran.returncode == 77:
+        pytest.skip("no OpenGL here")
+    assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split("\n")[0] == "(480, 480, 3) uint8 True"
 
 
@@ -1571,7 +1550,8 @@ def test_system_readme_names_the_line_of_each_function():
 def test_system_readme_example_prints_one_number_twice():
     text = (Path(esmeta.__file__).parent / "README.md").read_text()
     done = subprocess.run([sys.executable, "-c", text.split("```python\n")[1].split("```")[0]],
-                          cwd=Path(esmeta.__file__).parent, capture_output=True, text=True)
+                          cwd=Path(esmeta.__file__).parent, stdout=subprocess.PIPE, text=True,
+                          check=True)
     formula, difference = map(float, done.stdout.split())
     assert formula == pytest.approx(difference, rel=1e-6)
 
@@ -1711,7 +1691,7 @@ class Deadly:
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_fault_job_that_kills_its_worker_stops_the_run(processes, tmp_path, monkeypatch, capsys):
-    make_jobs, start = esmeta.make_jobs, time.monotonic()
+    make_jobs = esmeta.make_jobs
 
     def deadly_jobs(config, meta):
         return [job._replace(goals=Deadly()) if (meta.iteration, job.worker) == (1, 2) else job
@@ -1721,7 +1701,7 @@ def test_fault_job_that_kills_its_worker_stops_the_run(processes, tmp_path, monk
     assert call(TINY + f" --seed 7 --iterations 4 --processes {processes}", tmp_path / "run") == 1
     error = one_line(capsys.readouterr().err)
     assert "worker 2" in error and "iteration 1" in error and "seed 7" in error
-    assert not multiprocessing.active_children() and time.monotonic() - start < 60
+    assert not multiprocessing.active_children()
     monkeypatch.undo()
     assert bits(tmp_path / "run") == undisturbed(tmp_path / "quiet", 1, TINY + " --seed 7")
 
@@ -1761,7 +1741,7 @@ def test_fault_interrupted_run_stops_cleanly(signum, send, delay, tmp_path):
     send(process.pid, signum)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and "--resume" in one_line(error)
-    wait_until(lambda: not group(process.pid), 5)
+    wait_until(lambda: not group(process.pid))
     n = esmeta.load_checkpoint(out)[1].iteration
     assert (n >= 1 or delay) and not list(out.glob("*.tmp"))
     assert undisturbed(out, n + 1) == undisturbed(tmp_path / "quiet", n + 1)
@@ -1784,7 +1764,7 @@ def test_fault_main_process_killed_20_times(tmp_path):
     n = esmeta.load_checkpoint(out)[1].iteration + 2
     assert undisturbed(out, n) == undisturbed(tmp_path / "quiet", n)
     assert [row.split(",")[0] for row in log_rows(out)] == [str(i) for i in range(n)]
-    wait_until(lambda: not any(map(group, groups)), 10)  # orphaned workers end by themselves
+    wait_until(lambda: not any(map(group, groups)))  # orphaned workers end by themselves
 
 
 @pytest.mark.parametrize("writes", [None, 0, 1, 2, 4])
@@ -1806,7 +1786,10 @@ def test_fault_full_disk(writes, no_pool, tmp_path, monkeypatch, capsys):
         assert call(TINY + " --iterations 9 --resume", out) == 1
     assert "No space left" in one_line(capsys.readouterr().err) and not list(out.glob("*.tmp"))
     _, meta = esmeta.load_checkpoint(out)
-    assert bits(out)[0] == before[0] if writes != 4 else meta.iteration == 3
+    if writes == 4:  # room for config, log, checkpoint and the next iteration's checkpoint
+        assert meta.iteration == 3
+    else:
+        assert bits(out)[0] == before[0]
     assert undisturbed(out, 5) == undisturbed(tmp_path / "quiet", 5)
 
 
