@@ -879,7 +879,8 @@ def test_tasks_sampled_goals_fill_the_range(name):
     assert goals.shape[0] == 2000 and goals.shape[1:] == tasks.test_goals(name).shape[1:]
     assert task.goal_low <= goals.min() and goals.max() <= task.goal_high
     width = task.goal_high - task.goal_low
-    assert goals.min() < task.goal_low + 0.01 * width and goals.max() > task.goal_high - 0.01 * width
+    assert goals.min() < task.goal_low + 0.01 * width
+    assert goals.max() > task.goal_high - 0.01 * width
     assert abs(goals.mean() - (task.goal_low + task.goal_high) / 2) < 0.1
     assert (len(np.unique(goals)) == 2) == name.endswith("dir")
     assert (goals == tasks.sample_goals(name, np.random.default_rng(0), 2000)).all()
@@ -1568,13 +1569,12 @@ def test_system_point_goal_learns(tmp_path):
 
 @pytest.mark.parametrize("task", MUJOCO_TASKS)
 def test_system_committed_results_are_what_their_checkpoints_do(task):
-    """The first 4 goals of a committed eval.csv, to 10 % or 10: other CPUs round differently."""
+    """After one update on the first 4 goals, to 10 %: other CPUs round differently."""
     folder = Path(esmeta.__file__).parent / "results" / f"{task}-seed0"
     rows = list(csv.DictReader((folder / "eval.csv").open()))
-    returns = esmeta.meta_test(folder, tasks.test_goals(task)[:4])
-    for updates, mean in enumerate(returns.mean(axis=1)):
-        written = [float(row["return"]) for row in rows if row["updates"] == str(updates)][:4]
-        assert mean == pytest.approx(np.mean(written), rel=0.1, abs=10)
+    _, after = esmeta.meta_test(folder, tasks.test_goals(task)[:4])
+    written = [float(row["return"]) for row in rows if row["updates"] == "1"][:4]
+    assert after.mean() == pytest.approx(np.mean(written), rel=0.1, abs=10)
 
 
 @pytest.mark.parametrize("task", MUJOCO_TASKS)
