@@ -179,10 +179,9 @@ def setting_label(runs, parts):
 def figure2(plt, task="cheetah_vel"):
     """Left: workers, and learned or fixed sigma. Right: gradient updates. None without runs."""
     base = find_runs(task)
-    panels = [[(base, BLUE)], [(base, BLUE)]]
-    for panel, variant, colour in ((0, "M16", ORANGE), (0, "fixed_sigma", GREEN),
-                                   (1, "cycles3", ORANGE)):
-        panels[panel].append((find_runs(task, variant), colour))
+    panels = [[(base, BLUE), (find_runs(task, "M16"), ORANGE),
+               (find_runs(task, "fixed_sigma"), GREEN)],
+              [(base, BLUE), (find_runs(task, "cycles3"), ORANGE)]]
     if not any(runs for panel in panels for runs, _ in panel):
         return None
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")

@@ -34,6 +34,8 @@ def spread(seeds):
 def returns(task, name="eval.csv"):
     """Goals (n,) and returns (seeds, updates + 1, n) of the committed meta-tests of a task."""
     tested = [t for t in (read_eval(folder, task, name) for folder in find_runs(task)) if t]
+    if any(len(values) < 4 for _, values in tested):
+        raise ValueError(f"a {name} of {task} has fewer than 3 updates")
     return (tested[0][0], np.array([values for _, values in tested])) if tested else (None, None)
 
 
@@ -47,8 +49,8 @@ def results_table():
             yield row([f"`{task}`", "not run", "", "", "", *others(task)])
             continue
         goals, values = returns(task)
-        if values is None or values.shape[1] < 4:
-            raise ValueError(f"no eval.csv with 3 updates in {find_runs(task)[0]}")
+        if values is None:
+            raise ValueError(f"no eval.csv in {find_runs(task)[0]}")
         yield row([f"`{task}`", *(spread(values[:, u]) for u in range(4)), *others(task)])
         for label, sign in ("forward", 1), ("backward", -1):
             if tasks.find_task(task).direction:
