@@ -69,7 +69,7 @@ def main(argv=None):
     parser.add_argument("variant", nargs="*", help="settings")
     parser.add_argument("--updates", type=int, default=1)
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)
         if args.updates < 1:
             raise ValueError(f"--updates must be at least 1, not {args.updates}")
         cases = [(args.run, args.updates, args.variant)] if args.run else [

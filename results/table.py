@@ -4,7 +4,6 @@ Returns are means over MAML's 40 test goals and over seeds, +- 1.96 standard err
 the means over seeds); in brackets the mean of each seed.
 """
 
-import csv
 import functools
 import sys
 
@@ -83,19 +82,10 @@ def cost_table():
                        f"{steps * once_a_task:.0f}", f"{log['seconds'].sum() / 3600:.2f}"])
 
 
-def settings_table(name):
-    """Lines of results/<name>.csv, what a setting is worth by `results.gain` or `.ablate`."""
-    head, *rows = csv.reader((figures.HERE / f"{name}.csv").open(newline=""))
-    yield row(head)
-    yield "|---" * len(head) + "|"
-    yield from map(row, rows)
-
-
 def main():
     """Print all tables; exit status 2 and one line where a run's files are broken."""
     try:
-        print("\n".join([*results_table(), "", *cost_table(), "", *settings_table("gains"), "",
-                         *settings_table("ablations")]))
+        print("\n".join([*results_table(), "", *cost_table()]))
     except (ValueError, OSError) as error:
         print(f"results.table: error: {error}", file=sys.stderr)
         return 2
