@@ -1501,8 +1501,8 @@ LITERAL = dict(
     workers=64, correlation=0, obs_clip=0, gamma=0.99, n_step=1, centre=False, cycles=50,
     critic_updates=1, critic_batch=128, critic_lr=1e-3, actor_batch=128, actor_rule="sgd",
     actor_step=1e-4, target_tau=1e-3, shrink=1, goals=1, alive_bonus=0, risk=0, own_credit=0,
-    test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-5,
-    lr_sigma_actor=1e-5, lr_mu_critic=1e-5, lr_sigma_critic=1e-5, half_life=0, momentum=0,
+    test_rollouts=1, antithetic=False, utility="raw", natural=False, lr_mu_actor=1e-6,
+    lr_sigma_actor=1e-7, lr_mu_critic=1e-6, lr_sigma_critic=1e-7, half_life=0, momentum=0,
     weight_decay=0)
 
 
