@@ -37,7 +37,7 @@ gets for itself moves mu_a too (own_ranks).
 import os
 
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_threads, "1")  # the processes have the cores: BLAS must not fight
+    os.environ[_threads] = "1"  # the processes have the cores; more threads round sums otherwise
 
 import argparse
 import contextlib
@@ -78,7 +78,7 @@ class Config:
     task: str = setting("cheetah_vel", "paper", "one of " + ", ".join(tasks.TASKS))
     seed: int = setting(0, "ours", "of every random number", 0, 2**63 - 1)
     workers: int = setting(64, "paper", "M, workers an iteration", 2, 10**5)
-    rollouts: int = setting(20, "paper", "K, exploring actors of a worker", 1, 10**4)
+    rollouts: int = setting(20, "paper", "K, explorers of a worker (paper: ant_dir 40)", 1, 10**4)
     sigma_actor: float = setting(0.03, "ours", "initial sigma of the actor", 1e-5, 1)
     sigma_critic: float = setting(0.03, "ours", "initial sigma of the critic", 1e-5, 1)
     correlation: float = setting(0.5, "ours", "rho of eps between a worker's K actors", 0, 0.99)
@@ -96,7 +96,7 @@ class Config:
     shrink: float = setting(0.5, "ours", "of the step, for each further update of --eval", 0, 1)
     target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
     goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
-    alive_bonus: float = setting(0.0, "ours", "training adds to a living step's reward", 0, 100)
+    alive_bonus: float = setting(0.0, "ours", "a living step's, in no reported return", 0, 100)
     risk: float = setting(0.0, "ours", "stds over its tasks that a worker's fitness loses", 0, 10)
     own_credit: float = setting(6.0, "ours", "weight of an explorer's own returns beside F", 0, 100)
     test_rollouts: int = setting(5, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
@@ -107,7 +107,7 @@ class Config:
     lr_sigma_actor: float = setting(1.0, "ours", "SGD rate of sigma_a; 0: fixed sigma", 0, 1e6)
     lr_mu_critic: float = setting(1.0, "ours", "SGD rate of mu_c", 0, 1e6)
     lr_sigma_critic: float = setting(1.0, "ours", "SGD rate of sigma_c; 0: fixed sigma", 0, 1e6)
-    half_life: float = setting(50.0, "ours", "iterations that halve lr_mu; 0: constant", 0, 1e9)
+    half_life: float = setting(50.0, "ours", "iterations that halve lr_mu, decay; 0: never", 0, 1e9)
     momentum: float = setting(0.0, "ours", "share of its last step in a step of mu_a", 0, 0.999)
     weight_decay: float = setting(0.0, "ours", "share of mu_a an iteration removes", 0, 1)
 
@@ -224,7 +224,7 @@ def xavier(shapes, rng):
 
 @functools.lru_cache(maxsize=64)
 def zeros(shape, dtype):
-    """Zeros to read: NumPy compares arrays of one shape 2 to 5 times as fast as with a number."""
+    """Read-only zeros: np.maximum of like arrays is 2 to 5 times as fast as with a number."""
     return np.broadcast_to(np.zeros(shape, dtype), shape)  # a view: nobody can write to it
 
 
@@ -486,7 +486,7 @@ def summed_gradient(eps_sum, eps_square, u_mu, u_sigma, sigma, k, rho=0.0):
 
 
 def natural_gradient(d_mu, d_sigma, sigma, k, rho=0.0):
-    """The inverse Fisher matrix times Eq. 10, for mu and for log sigma: all (P,) -> (P,), (P,).
+    """The inverse Fisher matrix times summed_gradient, for mu and for log sigma: all (P,).
 
     F_mu = K / ((1 + (K - 1) rho) sigma^2), F_(log sigma) = 2 K.
     """
@@ -532,7 +532,10 @@ def utilities(fitness, config):
 
 
 def ascend(mu, sigma, eps_sum, eps_square, fitness, k, rho, lr_mu, lr_sigma, config):
-    """mu and sigma (P,) one SGD step up Eq. 10 or its natural gradient; sigma stays positive."""
+    """mu and sigma (P,) one SGD step up Eq. 10 or its natural gradient.
+
+    sigma stays in [1e-5, 1], and the natural step changes log sigma by at most 0.1.
+    """
     u_mu, u_sigma = (u.astype(eps_sum.dtype) for u in utilities(fitness, config))
     d_mu, d_sigma = summed_gradient(eps_sum, eps_square, u_mu, u_sigma, sigma, k, rho)
     if config.natural:
@@ -744,7 +747,7 @@ def own_ranks(before, after):
     """Centred ranks r (K,) of a worker's explorers by their own returns, before and after a step.
 
     before (G, K) on each task; after (G, T), test t of task g being of explorer (g T + t) mod K
-    and counted from the mean of its task's tests. A worker that broke has no say: zeros.
+    less the mean of its task's tests. A worker that broke has no say: zeros.
     """
     own = before.mean(axis=0)
     np.add.at(own, np.arange(after.size) % len(own), (after - after.mean(axis=1)[:, None]).ravel())
@@ -771,7 +774,7 @@ def evaluate_worker(job):
     adapted = [adapt(theta_bar, phi, data, meta.sigma_actor, config, dims,
                      generator(DATA, config.seed, meta.iteration, stream), value) for data in datas]
     n, actors = config.test_rollouts, np.stack([actor for actor, _ in adapted])  # (G, P)
-    if config.own_credit:  # what one explorer each gets from the worker's step, not theta_bar
+    if config.own_credit:  # explorers in turn take the worker's step, instead of theta_bar
         explorers = theta[np.arange(len(goals) * n) % k]
         actors = explorers + np.repeat(actors - theta_bar, n, axis=0)  # (G n, P)
     tests = rollout(name, actors, np.tile(starts[k + 1 :], len(goals)), normalise).score(
@@ -948,10 +951,11 @@ def ray_pool(processes, address=None):
     from ray.util.multiprocessing import Pool
 
     if not ray.is_initialized():
+        address = address or os.environ.get("RAY_ADDRESS")
         folder = {"working_dir": str(Path(__file__).parent),
                   "excludes": ["runs", ".venv", ".git", "results"]}
-        ray.init(address=address or os.environ.get("RAY_ADDRESS"), runtime_env=folder,
-                 log_to_driver=False, num_cpus=None if address else processes)
+        ray.init(address=address, runtime_env=folder, log_to_driver=False,
+                 num_cpus=None if address else processes)  # a running cluster takes none
     return Pool(processes), (ray.exceptions.RayActorError,)
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 import warnings
 import zipfile
 from pathlib import Path
@@ -1548,6 +1549,16 @@ def test_system_readme_names_the_line_of_each_function():
         assert found == [["def", name.split(".")[-1]] for name in names]
 
 
+def test_system_an_exported_number_of_threads_changes_no_bit():
+    program = ("import esmeta, numpy as np; e = np.random.default_rng(0).standard_normal("
+               "(64, 30000), np.float32); print((e[:, 0] @ e).tobytes().hex())")
+    done = [subprocess.run([sys.executable, "-c", program], cwd=Path(esmeta.__file__).parent,
+                           stdout=subprocess.PIPE, check=True, env={
+                               **os.environ, "OPENBLAS_NUM_THREADS": n, "OMP_NUM_THREADS": n})
+            for n in ("1", "2")]
+    assert done[0].stdout == done[1].stdout
+
+
 def test_system_readme_example_prints_one_number_twice():
     text = (Path(esmeta.__file__).parent / "README.md").read_text()
     done = subprocess.run([sys.executable, "-c", text.split("```python\n")[1].split("```")[0]],
@@ -2023,6 +2034,25 @@ def ray():
     ray = pytest.importorskip("ray")
     yield ray
     ray.shutdown()
+
+
+@pytest.mark.parametrize("argument,environment,address,cpus", [
+    (None, None, None, 3), ("a:1", None, "a:1", None), (None, "b:2", "b:2", None),
+    ("a:1", "b:2", "a:1", None)])
+def test_ray_joins_a_running_cluster_with_no_cores_of_its_own(
+        argument, environment, address, cpus, monkeypatch):
+    fake = unittest.mock.MagicMock()
+    fake.is_initialized.return_value = False
+    for name, module in (("ray", fake), ("ray.util", fake.util),
+                         ("ray.util.multiprocessing", fake.util.multiprocessing)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if environment:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    esmeta.ray_pool(3, argument)
+    given = fake.init.call_args.kwargs  # Ray refuses num_cpus beside an address
+    assert (given["address"], given["num_cpus"]) == (address, cpus)
+    fake.util.multiprocessing.Pool.assert_called_once_with(3)
 
 
 def test_ray_pool_gives_the_bits_of_the_local_one(ray, tmp_path):

@@ -14,8 +14,8 @@ from results import figures
 from results.figures import TASKS, constant_speed, published, read_config, read_eval, read_log
 
 find_runs = functools.cache(figures.find_runs)  # it says what is missing, once
-PAPER = {"cheetah_vel": '"better than MAML", no number', "cheetah_dir": "400",
-         "ant_vel": '"better than MAML", no number', "ant_dir": "below MAML's 480"}
+PAPER = {"cheetah_vel": '"better results than MAML", no number', "cheetah_dir": "400",
+         "ant_vel": '"better results than MAML", no number', "ant_dir": "below MAML's 480"}
 
 
 def row(cells):
