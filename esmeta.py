@@ -96,7 +96,7 @@ class Config:
     shrink: float = setting(0.5, "ours", "of the step, for each further update of --eval", 0, 1)
     target_tau: float = setting(1.0, "ours", "share the target networks move after a cycle", 0, 1)
     goals: int = setting(4, "ours", "|T_t|, tasks a worker adapts to in an iteration", 1, 1000)
-    alive_bonus: float = setting(0.0, "ours", "a living step's, in no reported return", 0, 100)
+    alive_bonus: float = setting(0.0, "ours", "a living step earns; in no reported return", 0, 100)
     risk: float = setting(0.0, "ours", "stds over its tasks that a worker's fitness loses", 0, 10)
     own_credit: float = setting(6.0, "ours", "weight of an explorer's own returns beside F", 0, 100)
     test_rollouts: int = setting(5, "ours", "fresh rollouts that score one adaptation", 1, 10**4)
@@ -107,7 +107,7 @@ class Config:
     lr_sigma_actor: float = setting(1.0, "ours", "SGD rate of sigma_a; 0: fixed sigma", 0, 1e6)
     lr_mu_critic: float = setting(1.0, "ours", "SGD rate of mu_c", 0, 1e6)
     lr_sigma_critic: float = setting(1.0, "ours", "SGD rate of sigma_c; 0: fixed sigma", 0, 1e6)
-    half_life: float = setting(50.0, "ours", "iterations that halve lr_mu, decay; 0: never", 0, 1e9)
+    half_life: float = setting(50.0, "ours", "iterations that halve mu's rates; 0: never", 0, 1e9)
     momentum: float = setting(0.0, "ours", "share of its last step in a step of mu_a", 0, 0.999)
     weight_decay: float = setting(0.0, "ours", "share of mu_a an iteration removes", 0, 1)
 
@@ -746,8 +746,8 @@ def sample_noise(config, iteration, worker, dims):
 def own_ranks(before, after):
     """Centred ranks r (K,) of a worker's explorers by their own returns, before and after a step.
 
-    before (G, K) on each task; after (G, T), test t of task g being of explorer (g T + t) mod K
-    less the mean of its task's tests. A worker that broke has no say: zeros.
+    before (G, K) on each task; after (G, T), test t of task g is of explorer (g T + t) mod K
+    and counts less the mean of its task's tests. A worker that broke has no say: zeros.
     """
     own = before.mean(axis=0)
     np.add.at(own, np.arange(after.size) % len(own), (after - after.mean(axis=1)[:, None]).ravel())
