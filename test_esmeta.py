@@ -1591,7 +1591,7 @@ def test_system_committed_results_are_what_their_checkpoints_do(task):
 @pytest.mark.parametrize("task", MUJOCO_TASKS)
 def test_system_committed_results_have_the_defaults(task):
     folders = sorted((Path(esmeta.__file__).parent / "results").glob(f"{task}-seed*"))
-    assert len(folders) == (2 if task == "ant_dir" else 3)
+    assert len(folders) == 3
     for seed, folder in enumerate(folders):
         config, meta = esmeta.load_checkpoint(folder)
         assert config == esmeta.make_config(task, seed=seed)
