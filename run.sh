@@ -2,9 +2,20 @@
 # ./run.sh --task cheetah_vel   makes .venv, installs requirements.txt, trains
 # ./run.sh test                 the same, then runs the tests
 set -eu
-here=$(cd "$(dirname "$0")" && pwd)
+unset CDPATH # with it, cd may go elsewhere and prints where
+script=$0
+while [ -L "$script" ]; do # macOS had no readlink -f for long
+  link=$(readlink "$script")
+  case $link in
+    /*) script=$link ;;
+    *) script=$(dirname "$script")/$link ;;
+  esac
+done
+here=$(cd "$(dirname "$script")" && pwd)
 python=$here/.venv/bin/python
-if [ ! -x "$python" ]; then
+# an upgrade of Python leaves an environment that does not start or has lost its packages
+if ! "$python" -I -c 'import pip' 2>/dev/null; then
+  rm -rf "$here/.venv"
   for base in python3 python3.14 python3.13 python3.12 python3.11 none; do
     [ "$base" = none ] && { echo "run.sh: needs Python 3.11 or newer on the PATH" >&2; exit 1; }
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break

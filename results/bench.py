@@ -4,8 +4,6 @@ What is compared is timed in turn, again and again, and medians are compared. Ph
 steps only: a robot that has fallen costs no more steps. Linux only (affinity, /proc).
 """
 
-import contextlib
-import copy
 import dataclasses
 import functools
 import os
@@ -83,41 +81,29 @@ class Episodes:
     """Real episodes of K explorers, and the ways to run them again."""
 
     def __init__(self, config, meta, k):
-        self.name, self.starts = config.task, np.arange(k)
-        config = dataclasses.replace(config, rollouts=k)
-        eps, _ = esmeta.sample_noise(config, meta.iteration, 0, esmeta.task_dims(config.task))
-        self.theta = meta.mu_actor + meta.sigma_actor * eps
-        self.normalise = esmeta.make_normaliser(meta, config)
-        self.env = esmeta.lockstep(self.name, k)
+        rng = esmeta.generator(esmeta.WORKER, config.seed, meta.iteration, 0)
+        self.theta, self.starts = esmeta.sample_explorers(
+            meta.mu_actor, meta.sigma_actor, dataclasses.replace(config, rollouts=k), rng)
+        self.name, self.normalise = config.task, esmeta.make_normaliser(meta, config)
         self.run = self.closed_loop()
-        valid = self.run.score(self.name, tasks.test_goals(self.name)[0]).valid  # (H, K)
-        self.steps, self.lengths = int(valid.sum()), valid.sum(axis=0)
-        # None, all of them, is faster to say
-        self.living = [None if v.all() else np.flatnonzero(v) for v in valid if v.any()]
+        self.lengths = self.run.score(tasks.test_goals(self.name)[0]).valid.sum(axis=0)  # (K,)
 
     def closed_loop(self):
-        """The rollout that training does."""
+        """The rollout that training does, its environment made anew."""
         return esmeta.rollout(self.name, self.theta, self.starts, self.normalise)
 
-    def c_loop(self, sensors):
+    def c_loop(self):
         """The function that replays the living steps by mj_step in a loop in C, nothing else."""
-        model, data = copy.copy(self.env.model), mujoco.MjData(self.env.model)
-        if not sensors:
-            model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
-        info = self.env.reset(seed=self.starts.tolist())[1]
+        env = tasks.make_vec(self.name, len(self.starts))
+        model, data = env.model, mujoco.MjData(env.model)
+        model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
+        info = env.reset(seed=self.starts.tolist())[1]
         # mjSTATE_FULLPHYSICS of these models is time, qpos, qvel; bit for bit the rollout's states
         start = np.hstack([np.zeros((len(self.starts), 1)), info["qpos"], info["qvel"]])
         control = np.clip(self.run.action, -1, 1).astype(float).swapaxes(0, 1)  # (K, H, act)
         groups = [(start[self.lengths == n], control[self.lengths == n, :n].copy())
                   for n in np.unique(self.lengths)]
         return lambda: [mujoco.rollout.rollout(model, data, *group) for group in groups]
-
-    def batch_alone(self):
-        """The living steps through mujoco.batch with the stages that observations need."""
-        self.env.reset(seed=self.starts.tolist())
-        for action, living in zip(self.run.action, self.living):
-            self.env._ctrl[:] = action
-            self.env.batch.step(living, 1, self.env._stage)
 
     def sync(self, make):
         """The function that steps a SyncVectorEnv with the actions; what has fallen, it resets."""
@@ -129,17 +115,15 @@ def profile(job):
     """Seconds of evaluate_worker and of its parts, timed inside it: -> dict, Result."""
     spent = {"rollout": [], "adapt": [], "critic_error": []}
 
-    def watch(name, original):
-        def call(*args):
+    def watch(name):
+        def call(*args, original=getattr(esmeta, name)):
             duration, value = timed(original, *args)
             spent[name].append(duration)
             return value
         return call
 
-    with contextlib.ExitStack() as stack:
-        for name in spent:
-            stack.enter_context(mock.patch.object(esmeta, name, watch(name, getattr(esmeta, name))))
-        total, result = timed(esmeta.evaluate_worker, job)
+    with mock.patch.multiple(esmeta, **{name: watch(name) for name in spent}):
+        total, result = timed(esmeta.evaluate_worker, *job)
     return {"worker": total, "explore": spent["rollout"][0], "adapt": sum(spent["adapt"]),
             "fitness": sum(spent["rollout"][1:]) + sum(spent["critic_error"])}, result
 
@@ -147,12 +131,12 @@ def profile(job):
 class Recorder(np.ndarray):
     """An array that notes the operands of the matrix products it and its offspring take part in."""
 
-    log = []
+    log, __array_priority__ = [], 1.0  # a concatenation with plain arrays is one too
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
         plain = lambda x: x.view(np.ndarray) if isinstance(x, Recorder) else x
         inputs = [plain(x) for x in inputs]
-        if ufunc is np.matmul and inputs[0].ndim > 1:  # a row of ones times it: a sum
+        if ufunc is np.matmul:
             Recorder.log.append([(x.shape, x.dtype, x.flags.c_contiguous) for x in inputs])
         if out:
             options["out"] = tuple(map(plain, out))
@@ -173,31 +157,31 @@ def bare_products(job):
 
     Recorder.log.clear()
     with mock.patch.object(esmeta, "adapt", recording):
-        esmeta.evaluate_worker(job)
+        esmeta.evaluate_worker(*job)
     products = [(operand(*a), operand(*b), np.empty((a[0][0], b[0][1]), a[1]))
                 for a, b in Recorder.log]
     return lambda: [np.matmul(a, b, out=out) for a, b, out in products]
 
 
 def real_state(config):
-    """The meta-state of the committed run of this task; without one, the first with moments."""
-    path = Path(__file__).parent / f"{config.task}-seed0" / "checkpoint.npz"
-    if path.exists():
-        return esmeta.load_checkpoint(path)[1], f"policy of {path.parent.name}"
-    meta = esmeta.initial_state(config)
-    raw = Episodes(config, meta, 20).run.raw
-    count, mean, m2 = esmeta.moments(raw.reshape(-1, raw.shape[-1]))
-    return meta._replace(obs_count=float(count), obs_mean=mean, obs_m2=m2), "untrained policy"
+    """The meta-state of the committed run of this task, else an untrained one with a normaliser."""
+    path = Path(__file__).parent / f"{config.task}-seed0"
+    try:
+        return esmeta.load_checkpoint(path)[1], f"policy of {path.name}"
+    except ValueError:  # none, or of another version
+        meta = esmeta.initial_state(config)
+        raw = Episodes(config, meta, 20).run.raw.reshape(-1, meta.obs_sums.shape[1])
+        sums = np.array([np.full(raw.shape[1], len(raw)), raw.sum(axis=0), (raw**2).sum(axis=0)])
+        return meta._replace(obs_sums=sums), "untrained policy"
 
 
 def one_core(config, meta, repeats):
     """Print what one core does with a worker: -> seconds of a worker, its Result."""
-    task, job = tasks.find_task(config.task), esmeta.make_jobs(config, meta)[0]
+    task, job = tasks.find_task(config.task), (config, meta, 0)
     few, many = Episodes(config, meta, 20), Episodes(config, meta, 40)
     products, parts = bare_products(job), []
-    ways = {"C loop": few.c_loop(False), "C loop, sensors on": few.c_loop(True),
-            "closed loop, K = 20": few.closed_loop, "closed loop, K = 40": many.closed_loop,
-            "mujoco.batch alone": few.batch_alone,
+    ways = {"C loop": few.c_loop(), "closed loop, K = 20": few.closed_loop,
+            "closed loop, K = 40": many.closed_loop,
             "SyncVectorEnv": few.sync(lambda: PlainEnv(config.task)),
             "SyncVectorEnv, registered": few.sync(lambda: gymnasium.make(task.env_id)),
             "products": products, "worker": lambda: parts.append(profile(job))}
@@ -206,26 +190,20 @@ def one_core(config, meta, repeats):
     time_of = dict(zip(ways, np.median(turns, axis=0)))
     part = {name: np.median([p[name] for p, _ in parts[1:]]) for name in parts[0][0]}
     result, n = parts[0][1], 20 * task.horizon
-    us = {name: 1e6 * t / {"closed loop, K = 40": many.steps, "SyncVectorEnv": n,
-                           "SyncVectorEnv, registered": n}.get(name, few.steps)
-          for name, t in time_of.items()}
+    steps = {"closed loop, K = 40": many.lengths.sum(), "SyncVectorEnv": n,
+             "SyncVectorEnv, registered": n}
+    us = {name: 1e6 * t / steps.get(name, few.lengths.sum()) for name, t in time_of.items()}
     c, loops, gym, whole = us["C loop"], *TARGETS[task.model]
-    show("C loop of mj_step", f"{c:.2f} us/step", 1.0)
-    show("  with the sensors that the tasks read", f"{us['C loop, sensors on']:.2f} us/step",
-         c / us["C loop, sensors on"])
-    show("mujoco.batch alone, 20", f"{us['mujoco.batch alone']:.2f} us/step",
-         c / us["mujoco.batch alone"])
+    show("C loop of mj_step", f"{c:.2f} us/step")
     for name in ("closed loop, K = 20", "closed loop, K = 40"):
         show(name + ": C loop over it", f"{us[name]:.2f} us/step", c / us[name], loops)
-    for name, target in (("SyncVectorEnv", gym), ("SyncVectorEnv, registered", None)):
+    for name, target in ("SyncVectorEnv", gym), ("SyncVectorEnv, registered", None):
         show(f"{name}: over closed loop", f"{us[name]:.2f} us/step",
              us[name] / us["closed loop, K = 20"], target)
-    show(f"adaptation to {config.goals} tasks over its products", f"{1e3 * part['adapt']:.1f} ms",
+    show("adaptations of a worker over their products", f"{1e3 * part['adapt']:.1f} ms",
          part["adapt"] / time_of["products"], 1.5, most=True)
-    show("exploring rollouts, of the worker", f"{1e3 * part['explore']:.1f} ms",
-         part["explore"] / part["worker"])
-    show("fitness, of the worker", f"{1e3 * part['fitness']:.1f} ms",
-         part["fitness"] / part["worker"])
+    for name, label in ("explore", "exploring rollouts"), ("fitness", "fitness"):
+        show(f"{label}, of the worker", f"{1e3 * part[name]:.1f} ms", part[name] / part["worker"])
     show(f"worker: physics of {result.env_steps} steps over it", f"{1e3 * part['worker']:.1f} ms",
          1e-6 * c * result.env_steps / part["worker"], whole)
     return part["worker"], result
@@ -240,16 +218,16 @@ class Replay:
     def map(self, function, jobs, progress):
         """What the main process does for `jobs`, but for the pipes."""
         for job in jobs:
-            pickle.dumps((function, (job,)), pickle.HIGHEST_PROTOCOL)
+            pickle.dumps((function, job), pickle.HIGHEST_PROTOCOL)
         return [pickle.loads(self.blob) for _ in jobs]
 
 
 def serial_part(config, meta, result, repeats):
-    """Seconds that the main process works on an iteration: noise, pickles, update, checkpoint."""
+    """Seconds that the main process works on an iteration: pickles, update, checkpoint."""
     crew = Replay(pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
 
     def iteration(folder):
-        new, _, _ = esmeta.iterate(config, meta, crew, lambda count: None)
+        new, _, _ = esmeta.iterate(config, meta, crew)
         esmeta.save_checkpoint(Path(folder) / "checkpoint.npz", config, new)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -262,7 +240,7 @@ def iteration_times(config, meta, counts, repeats):
     for p in list(counts) * repeats:
         with esmeta.Crew(p) as crew:
             warm = dataclasses.replace(config, workers=4 * p, goals=1, critic_updates=1)
-            esmeta.iterate(warm, meta, crew)  # imports and environments of new processes
+            esmeta.iterate(warm, meta, crew)  # imports of new processes
             times[p].append(timed(esmeta.iterate, config, meta, crew)[0])
     return {p: np.median(t) for p, t in times.items()}
 
@@ -277,7 +255,8 @@ def memory(config, iterations, processes):
     with esmeta.Crew(processes) as crew:
         for _ in range(iterations):
             meta, _, _ = esmeta.iterate(config, meta, crew)
-            peaks.append((peak(os.getpid()), max(peak(p.pid) for p in active_children())))
+            pids = [child.pid for child in active_children()] or [os.getpid()]
+            peaks.append((peak(os.getpid()), max(map(peak, pids))))
     return peaks
 
 
@@ -303,13 +282,10 @@ def show_model(worker, serial, size, m):
     print(f"  model: ceil(M / P) * {worker:.3f} s + M * ({1e3 * serial / m:.2f} ms + "
           f"{size / 1e3:.0f} kB at {8e-9 * BANDWIDTH:g} Gbit/s)")
     each = serial / m + size / BANDWIDTH
-    fixed = {p: -(-m // p) * worker + m * each for p in 2 ** np.arange(11)}
-    grown = {p: worker + p * each for p in fixed if p > m}  # a worker more for a process more
-    print("    P       " + "".join(f"{p:>8}" for p in fixed))
-    for text, times in ((f"M = {m}", fixed), ("M = P", grown)):
-        cells = (f"{times[p]:8.2f}" if p in times else " " * 8 for p in fixed)
-        print(f"    {text:<8}" + "".join(cells))
-    best = next((p for p in fixed if fixed.get(2 * p, 0) > 0.9 * fixed[p]), 1024)
+    times = {p: -(-m // p) * worker + m * each for p in 2 ** np.arange(11)}
+    print("    P       " + "".join(f"{p:>8}" for p in times))
+    print("    seconds " + "".join(f"{t:8.2f}" for t in times.values()))
+    best = next((p for p in times if times.get(2 * p, 0) > 0.9 * times[p]), 1024)
     print(f"    M = {m} pays up to P = {best}; with M = P, the main process is busy as long as a "
           f"worker at P = {worker / each:.0f}")
 
@@ -318,15 +294,14 @@ def bench(name, processes, quick):
     """Everything about one task."""
     config = esmeta.make_config(name, **(dict(workers=8) if quick else {}))
     (meta, source), m, cores = real_state(config), config.workers, os.sched_getaffinity(0)
-    print(f"{name}, M={m}, K={config.rollouts}, {source}{'value':>{41 - len(name + source)}}"
-          "    ratio  target")
+    print(f"{f'{name}, M={m}, K={config.rollouts}, {source}':<50}{'value':>16}    ratio  target")
     os.sched_setaffinity(0, {min(cores)})
     try:
         worker, result = one_core(config, meta, 1 if quick else 15)
         serial = serial_part(config, meta, result, 2 if quick else 15)
     finally:
         os.sched_setaffinity(0, cores)
-    job = len(pickle.dumps(esmeta.make_jobs(config, meta)[0], pickle.HIGHEST_PROTOCOL))
+    job = len(pickle.dumps((config, meta, 0), pickle.HIGHEST_PROTOCOL))
     back = len(pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
     show("bytes of a job, of a result", f"{job} {back}")
     counts = sorted({processes, *(2 ** i for i in range(processes.bit_length()))})

@@ -41,15 +41,12 @@ def read_log(folder):
 
 
 def read_config(folder):
-    """A run's config.json as a dict; empty where there is none; ValueError where it is broken."""
+    """A run's config.json as a Config, None where there is none; ValueError for another file."""
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no configuration of esmeta")
-    return config
+        return esmeta.Config(**json.loads(path.read_text())) if path.is_file() else None
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} is no configuration of esmeta") from None
 
 
 def read_eval(folder, task, name="eval.csv"):
@@ -107,7 +104,7 @@ def curve(ax, runs, column, label, colour, **line):
         ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
 
 
-def yardsticks(ax, task, updates=("1",), constant=True):
+def yardsticks(ax, task, updates="1", constant=True):
     """Horizontal lines: MAML after some updates, the oracle, the best constant speed."""
     lines = [(published(task, "maml", u), f"MAML, {u} update" + "s" * (u != "1"), style)
              for u, style in zip(updates, ("--", "-."))]
@@ -166,38 +163,38 @@ def figure1(plt):
     return figure
 
 
-def setting_label(runs, parts):
-    """What tells a setting from the others, from its config: ('workers', 'sigma', 'cycles')."""
-    config = read_config(runs[0])
-    cycles = config.get("cycles")
-    words = {"workers": f"{config.get('workers')} workers",
-             "sigma": "sigma " + ("learned" if config.get("lr_sigma_actor") else "fixed"),
-             "cycles": f"{cycles} gradient update" + "s" * (cycles != 1)}
-    return ", ".join(words[part] for part in parts) + f" ({seeds(runs)})"
+def setting_label(runs, part):
+    """What tells a setting from the others, from its config."""
+    config = read_config(runs[0]) or esmeta.Config()
+    plural = "s" * (config.cycles != 1)
+    text = (f"{config.cycles} gradient update{plural}" if part == "cycles" else
+            f"{config.workers} workers, sigma {'learned' if config.lr_sigma_actor else 'fixed'}")
+    return f"{text} ({seeds(runs)})"
 
 
 def figure2(plt, task="cheetah_vel"):
-    """Left: workers, and learned or fixed sigma. Right: gradient updates. None without runs."""
-    base = find_runs(task)
-    panels = [[(base, BLUE), (find_runs(task, "M16"), ORANGE),
-               (find_runs(task, "fixed_sigma"), GREEN)],
-              [(base, BLUE), (find_runs(task, "cycles3"), ORANGE)]]
-    if not any(runs for panel in panels for runs, _ in panel):
+    """Left: workers, and learned or fixed sigma. Right: gradient updates. None without variants."""
+    base, panels = find_runs(task), []
+    for part, title, updates, names in (
+            ("workers", "workers; learned or fixed sigma", "1", ("M16", "fixed_sigma")),
+            ("cycles", "gradient updates of an adaptation", "13", ("cycles3",))):
+        variants = [runs for name in names if (runs := find_runs(task, name))]
+        if variants:
+            panels.append((part, title, updates, variants))
+    if not panels:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
-    for ax, panel, parts, title in (
-            (axes[0], panels[0], ("workers", "sigma"), "workers; learned or fixed sigma"),
-            (axes[1], panels[1], ("cycles",), "gradient updates of an adaptation")):
-        for runs, colour in panel:
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.8), sharey=True,
+                                layout="constrained", squeeze=False)
+    for ax, (part, title, updates, variants) in zip(axes.flat, panels):
+        for runs, colour in zip([base, *variants], (BLUE, ORANGE, GREEN)):
             if runs:
-                curve(ax, runs, "return_after", setting_label(runs, parts), colour)
-        # the default's run is longer: as far as there is something to compare
-        longest = [len(read_log(run)["iteration"]) for runs, _ in panel[1:] for run in runs]
-        ax.set_xlim(0, max(longest, default=None))
-        yardsticks(ax, task, ("1",) if ax is axes[0] else ("1", "3"), constant=False)
+                curve(ax, runs, "return_after", setting_label(runs, part), colour)
+        # the default's run may be longer: as far as there is something to compare
+        ax.set_xlim(0, max(len(read_log(run)["iteration"]) for runs in variants for run in runs))
+        yardsticks(ax, task, updates, constant=False)
         finish(ax, f"{task}: {title}", ylabel="return after adaptation (200 steps)")
         ax.legend(loc="lower right")
-    axes[1].set_ylabel("")
+        ax.label_outer()
     return figure
 
 
@@ -271,7 +268,7 @@ def training(plt, folders):
                 ("return_before", "before", ORANGE, 1.0), ("return_after", "after", BLUE, 1.8)):
             ax.plot(log["iteration"] + 1, log[column], color=colour, lw=width, label=label,
                     marker=few)
-        yardsticks(ax, config.get("task"))
+        yardsticks(ax, config and config.task)
         steps, hours = log["env_steps"][-1] / 1e6, log["seconds"].sum() / 3600
         finish(ax, f"{Path(folder).resolve().name}: {steps:.1f} M steps, {hours:.1f} h",
                ylabel="return of an episode")  # of any task, of any length

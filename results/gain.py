@@ -9,7 +9,6 @@ standard error over goals. All variants see the same trajectories.
 """
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -19,40 +18,47 @@ import tasks
 
 HERE = Path(__file__).parent
 TABLE = HERE / "gains.csv"
-CASES = [  # run, updates, variants
-    ("cheetah_vel-seed0", 1, [
+HEADER = "task,updates,setting,before,after,gain,more,error"
+CASES = [  # run, variants
+    ("cheetah_vel-seed0", [
         "n_step=1", "n_step=5", "n_step=10", "n_step=50", "gamma=0.9", "gamma=0.95", "gamma=0.99",
-        "centre=false", "critic_updates=5", "critic_updates=50",
-        "critic_updates=25 critic_batch=128", "critic_updates=6 critic_batch=512",
-        "critic_lr=0.0003", "critic_lr=0.01", "actor_batch=64", "actor_batch=4000", "actor_step=1",
-        "actor_step=2", "actor_step=5", "actor_step=10", "cycles=3", "cycles=3 actor_step=1.5"]),
-    ("cheetah_vel-seed0", 3, ["shrink=0.3", "shrink=1"]),
-    ("cheetah_dir-seed0", 1, ["actor_step=3", "actor_step=8"]),
-    ("ant_vel-seed0", 1, ["actor_step=2", "actor_step=5"]),
-    ("ant_dir-seed0", 1, ["actor_step=5", "actor_step=11"])]
+        "critic_updates=5", "critic_updates=24", "critic_updates=50", "batch=128", "batch=512",
+        "critic_lr=0.0003", "critic_lr=0.01", "actor_step=1", "actor_step=2", "actor_step=5",
+        "actor_step=10", "cycles=3", "cycles=3 actor_step=1.5"]),
+    ("cheetah_dir-seed0", ["actor_step=3", "actor_step=8"]),
+    ("ant_vel-seed0", ["actor_step=2", "actor_step=5"]),
+    ("ant_dir-seed0", ["actor_step=5", "actor_step=11"])]
 
 
 def parse(variant):
-    """The settings of 'name=value name=value', as the command line of esmeta would read them."""
-    names = [word.split("=")[0] for word in variant.split()]
+    """The settings of 'name=value flag', as the command line of esmeta would read them."""
     known = {field.name for field in dataclasses.fields(esmeta.Config)} - {"task", "seed"}
-    for word, name in zip(variant.split(), names):
-        if name not in known or "=" not in word:
+    names = {word: word.split("=")[0] for word in variant.split()}
+    for word, name in names.items():
+        if name not in known:
             raise ValueError(f"{word} is no setting: name=value, name one of {sorted(known)}")
-    flags = [f"--{word.replace('_', '-')}" for word in variant.split()]
-    args = vars(esmeta.make_parser().parse_args(flags))
-    return {name: args[name] for name in names}
+    args = esmeta.make_parser().parse_args([f"--{word.replace('_', '-')}" for word in names])
+    return {name: getattr(args, name) for name in names.values()}
 
 
-def gains(run, updates, variants, crew):
-    """Lines of the table for one checkpoint: as trained, then each variant."""
-    stored, meta = esmeta.load_checkpoint(run)
+def tabulate(header, rows, path):
+    """Print a table's rows as they come, and keep them in a file unless path is None."""
+    text = ""
+    for row in rows:
+        new = row if text else f"{header}\n{row}"  # an error before the first row prints nothing
+        print(new, flush=True)
+        text += new + "\n"
+        if path is not None:
+            path.write_text(text)
+
+
+def gains(stored, meta, updates, variants, crew):
+    """Rows of the table for one checkpoint: as trained, then each variant."""
     goals, reference = tasks.test_goals(stored.task)[:10], None
     configs = {v: esmeta.check_config(dataclasses.replace(stored, **parse(v)))
                for v in ["", *variants]}
     for variant, config in configs.items():
-        jobs = [esmeta.EvalJob(config, meta, goal, i, updates, seed=1)
-                for i, goal in enumerate(goals)]
+        jobs = [(config, meta, goal, i, updates, 1) for i, goal in enumerate(goals)]
         returns = np.array(crew.map(esmeta.evaluate_goal, jobs))  # (10, updates + 1)
         before, after = returns[:, 0], returns[:, -1]
         reference = after if reference is None else reference
@@ -72,17 +78,11 @@ def main(argv=None):
         args = parser.parse_intermixed_args(argv)
         if args.updates < 1:
             raise ValueError(f"--updates must be at least 1, not {args.updates}")
-        cases = [(args.run, args.updates, args.variant)] if args.run else [
-            (HERE / run, *rest) for run, *rest in CASES]
-        lines = ["task,updates,setting,before,after,gain,more,error"]
-        print(*lines)
-        with esmeta.Crew(os.cpu_count()) as crew:
-            for case in cases:
-                for line in gains(*case, crew):
-                    print(line, flush=True)
-                    lines.append(line)
-        if not args.run:
-            TABLE.write_text("\n".join(lines) + "\n")
+        cases = [(args.run, args.variant)] if args.run else [(HERE / r, v) for r, v in CASES]
+        cases = [(*esmeta.load_checkpoint(run)[:2], args.updates, v) for run, v in cases]
+        with esmeta.Crew() as crew:
+            rows = (row for case in cases for row in gains(*case, crew))
+            tabulate(HEADER, rows, None if args.run else TABLE)
     except ValueError as error:
         print(f"results.gain: error: {error}", file=sys.stderr)
         return 2

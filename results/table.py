@@ -1,7 +1,7 @@
-"""README's tables of numbers, from the committed files: `python -m results.table`.
+"""The tables of README.md and results/README.md, from the committed files: `python -m results.table`.
 
-Returns are means over MAML's 40 test goals and over seeds, +- 1.96 standard errors over goals (of
-the means over seeds); in brackets the mean of each seed.
+Returns are means over MAML's 40 test goals, +- 1.96 standard errors over them for velocities. A
+direction has copies of one goal, which say nothing about others: what tells is the seeds.
 """
 
 import functools
@@ -11,7 +11,7 @@ import esmeta
 import numpy as np
 import tasks
 from results import figures
-from results.figures import TASKS, constant_speed, published, read_config, read_eval, read_log
+from results.figures import TASKS, published, read_config, read_eval, read_log
 
 find_runs = functools.cache(figures.find_runs)  # it says what is missing, once
 PAPER = {"cheetah_vel": '"better results than MAML", no number', "cheetah_dir": "400",
@@ -23,69 +23,79 @@ def row(cells):
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def spread(seeds):
-    """Mean and interval of returns (seeds, n), and each seed's mean where there are several."""
-    mean, half = esmeta.interval(seeds.mean(axis=0))
-    each = ", ".join(f"{m:.1f}" for m in seeds.mean(axis=1))
-    return f"{mean:.1f} ± {half:.1f}" + (f" ({each})" if len(seeds) > 1 else "")
+def head(*names):
+    """The two lines that begin a Markdown table."""
+    return row(names), "|---" * len(names) + "|"
 
 
-def returns(task, name="eval.csv"):
-    """Goals (n,) and returns (seeds, updates + 1, n) of the committed meta-tests of a task."""
-    tested = [t for t in (read_eval(folder, task, name) for folder in find_runs(task)) if t]
-    if any(len(values) < 4 for _, values in tested):
-        raise ValueError(f"a {name} of {task} has fewer than 3 updates")
-    return (tested[0][0], np.array([values for _, values in tested])) if tested else (None, None)
+def meta_tests(task, name="eval.csv"):
+    """What there is of a task's meta-tests: folder, goals (n,) and returns (updates + 1, n)."""
+    for folder in find_runs(task):
+        tested = read_eval(folder, task, name)
+        if tested and len(tested[1]) < 4:
+            raise ValueError(f"{folder / name} has fewer than 3 updates")
+        if tested:
+            yield folder, *tested
 
 
 def results_table():
-    """Lines of the main table: before and after 1, 2, 3 updates, and what others reach."""
-    yield row(["task", "before", "1 update", "2 updates", "3 updates", "MAML, 1 / 3 updates",
-               "oracle", "best constant speed", "paper"])
-    yield "|---" * 9 + "|"
+    """README's table, a row a task: mean over the seeds, each seed in brackets."""
+    yield from head("task", "before", "1 update", "3 updates", "MAML, 1 / 3 updates", "oracle",
+                    "paper")
     for task in TASKS:
-        if not find_runs(task):
-            yield row([f"`{task}`", "not run", "", "", "", *others(task)])
-            continue
-        goals, values = returns(task)
-        if values is None:
-            raise ValueError(f"no eval.csv in {find_runs(task)[0]}")
-        yield row([f"`{task}`", *(spread(values[:, u]) for u in range(4)), *others(task)])
-        for label, sign in ("forward", 1), ("backward", -1):
+        means = np.array([returns.mean(axis=1) for _, _, returns in meta_tests(task)])
+        cells = ["not run", "", ""]
+        if len(means):
+            each = [f" ({', '.join(f'{m:.1f}' for m in seeds)})" * (len(means) > 1)
+                    for seeds in means.T]
+            cells = [f"{means[:, u].mean():.1f}{each[u]}" for u in (0, 1, 3)]
+        maml = " / ".join(f"{published(task, 'maml', u):g}" for u in "13")
+        yield row([f"`{task}`", *cells, maml, f"{published(task, 'oracle', ''):g}", PAPER[task]])
+
+
+def returns_table():
+    """A row for each run, for a direction task one for each direction."""
+    yield from head("run", "goals", "before", "1 update", "2 updates", "3 updates")
+    for task, name in [*((task, "eval.csv") for task in TASKS), ("ant_dir", "eval-K20.csv")]:
+        for folder, goals, returns in meta_tests(task, name):
+            label = f"`{folder.name}`" + ", K = 20" * (name != "eval.csv")
             if tasks.find_task(task).direction:
-                part = values[:, :, goals == sign]
-                yield row([label, *(spread(part[:, u]) for u in range(4)), "", "", "", ""])
-        _, fewer = returns(task, "eval-K20.csv")
-        if fewer is not None:
-            yield row(["with K = 20", *(spread(fewer[:, u]) for u in range(4)), "", "", "", ""])
-
-
-def others(task):
-    """MAML, the oracle, the best constant speed and the paper on a task, as cells."""
-    maml = " / ".join(f"{published(task, 'maml', u):g}" for u in "13")
-    constant = constant_speed(task, tasks.test_goals(task))
-    return (maml, f"{published(task, 'oracle', ''):g}",
-            "" if constant is None else f"{constant.mean():.0f}", PAPER[task])
+                for text, sign in ("forward", 1), ("backward", -1):
+                    means = returns[:4, goals == sign].mean(axis=1)
+                    yield row([label, text, *(f"{mean:.1f}" for mean in means)])
+            else:
+                half = 1.96 * returns.std(axis=1) / len(goals) ** 0.5
+                yield row([label, len(goals), *(f"{mean:.1f} ± {h:.1f}" for mean, h
+                                                in zip(returns[:4].mean(axis=1), half))])
 
 
 def cost_table():
-    """Lines of the table of what each run cost."""
-    yield row(["run", "iterations", "steps of physics, M", "counted once a task, M", "hours"])
-    yield "|---" * 5 + "|"
+    """A row for each run: what it cost, and when it reached MAML's return after one update.
+
+    As MAML counts, each task of a worker has its own exploration; the tests count once.
+    """
+    yield from head("run", "iterations", "steps of physics, M", "counted once a task, M",
+                    "minutes", "minutes to MAML's one-update value")
     for task in TASKS:
         for folder in find_runs(task):
-            log, c = read_log(folder), read_config(folder)
-            explore, test = c["rollouts"] + 1, c["goals"] * c["test_rollouts"]
-            once_a_task = (c["goals"] * explore + test) / (explore + test)
-            steps = log["env_steps"][-1] / 1e6
-            yield row([f"`{folder.name}`", len(log["iteration"]), f"{steps:.1f}",
-                       f"{steps * once_a_task:.0f}", f"{log['seconds'].sum() / 3600:.2f}"])
+            log, config = read_log(folder), read_config(folder)
+            if config is None:
+                raise ValueError(f"no config.json in {folder}")
+            g, explore = len(esmeta.sample_tasks(config, 0, 0)), config.rollouts + 1
+            test = config.tests * (g if config.paper else config.rollouts)
+            steps, minutes = log["env_steps"][-1] / 1e6, log["seconds"].cumsum() / 60
+            reached = minutes[log["return_after"] >= published(task)]
+            yield row([f"`{folder.name}`", len(minutes), f"{steps:.1f}",
+                       f"{steps * (g * explore + test) / (explore + test):.0f}",
+                       f"{minutes[-1]:.0f}", f"{reached[0]:.1f}" if len(reached) else "not reached"])
 
 
 def main():
     """Print all tables; exit status 2 and one line where a run's files are broken."""
     try:
-        print("\n".join([*results_table(), "", *cost_table()]))
+        for title, table in (("README.md", results_table), ("results/README.md: returns",
+                             returns_table), ("results/README.md: cost", cost_table)):
+            print(f"# {title}", "", *table(), "", sep="\n")
     except (ValueError, OSError) as error:
         print(f"results.table: error: {error}", file=sys.stderr)
         return 2

@@ -59,14 +59,11 @@ def film(config, meta, actor, goal, stride, seed):
 
     task, dims = tasks.find_task(config.task), esmeta.task_dims(config.task)
     normalise = esmeta.make_normaliser(meta, config)
-    policy, seen = esmeta.make_policy(actor[None], 1, dims), np.empty((1, dims.obs), actor.dtype)
-    action = np.empty((1, dims.act), actor.dtype)
     env = gymnasium.make(task.env_id, render_mode="rgb_array")
     obs, info = env.reset(seed=seed, options={"goal": goal if task.goal_shape else float(goal)})
     pictures, texts, total, end = [], [], 0.0, False
     for t in range(task.horizon):
-        normalise(obs[None], seen)
-        policy(seen, action)
+        action, _ = esmeta.actor_forward(actor, normalise(obs)[None].astype(actor.dtype), dims)
         obs, reward, end, _, info = env.step(action[0])
         total += reward
         if t % stride == 0 or end:
@@ -102,7 +99,7 @@ def compose(films, titles, goal_text):
 
 def make_video(args):
     """Adapt, play, draw and write what the command line asks for."""
-    config, meta = esmeta.load_checkpoint(args.run)
+    config, meta, _ = esmeta.load_checkpoint(args.run)
     task, out = tasks.find_task(config.task), Path(args.out)
     goal = parse_goal(task, args.goal)
     if out.suffix != ".gif" or not out.parent.is_dir():
@@ -119,10 +116,8 @@ def make_video(args):
     stride = max(1, round(FRAME * args.speed / step))
     unit = "" if task.direction else " m/s" if task.model else " m"
     goal_text = f"goal {np.array2string(goal, precision=2)}{unit}"
-    job = esmeta.EvalJob(config, meta, goal, 0, args.updates, args.seed)
-    *_, adapted = esmeta.adaptations(job)
-    actors = meta.mu_actor, adapted
-    films = [film(config, meta, actor, goal, stride, args.seed) for actor in actors]
+    actor, *_, adapted = esmeta.adaptations(config, meta, goal, 0, args.updates, args.seed)
+    films = [film(config, meta, a, goal, stride, args.seed) for a in (actor, adapted)]
     plural = "s" * (args.updates > 1)
     frames = compose(films, (f"{config.task} before adaptation",
                              f"after {args.updates} update{plural}"), goal_text)
