@@ -101,9 +101,9 @@ class Config:
 ANT = dict(tests=2, lr_mu_actor=102.0, half_life=100.0, weight_decay=0.012)
 TASK_SETTINGS = {  # (ours)
     "point_goal": dict(goals=2, lr_mu_actor=15.0),
-    "cheetah_dir": dict(actor_step=5.0),
+    "cheetah_dir": dict(lr_mu_actor=60.0, actor_step=7.0),
     "ant_vel": dict(ANT, alive_bonus=2.0),
-    "ant_dir": dict(ANT, actor_step=8.0),
+    "ant_dir": dict(ANT, actor_step=11.0),
 }
 # The paper names no rates. DDPG's are Lillicrap's (2015), but the actor's is ten times his, as it
 # takes few steps. Eq. 10's are small because its gradient is 1 / sigma^2 times raw returns
@@ -304,7 +304,8 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
     if config.paper:  # F_i: the return of the adapted theta_bar, raw, shared by the K
         task = np.repeat(np.arange(len(goals)), config.tests)
         starts = rng.integers(2**31, size=len(task))
-        tests = rollout(config.task, theta_bar + move[task], starts, normalise).score(goals[task])
+        tests = rollout(config.task, theta_bar + move[task], starts, normalise).score(
+            goals[task], config.alive_bonus)
         return tests, task, np.mean(tests.returns())
     # F_ij: explorer j takes the step; test r of pair p is on task (p + r) mod G, from one start
     test, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
@@ -667,12 +668,16 @@ def make_normaliser(meta, config):
 # ---- what runs it: processes, run directory, meta-test, command line -------------------------
 
 SIGNALS = []  # that came to main; read where it waits for its workers, so nothing is cut in half
+NO_GUARD = ("the workers died at their start: a script that trains must be a file, and do it under "
+            "`if __name__ == \"__main__\":`")
 
 
 class Crew(contextlib.AbstractContextManager):
     """Worker processes: a multiprocessing.Pool, here or Ray's; one process is this one."""
 
     def __init__(self, processes=None, kind="local", address=None):
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise SystemExit(1)  # a worker that imports a script; the main process says NO_GUARD
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # Linux only
         self.processes = len(affinity(0)) if processes is None else processes
         self.kind, self.address, self.pool = kind, address, None
@@ -719,8 +724,7 @@ class Crew(contextlib.AbstractContextManager):
             if waiting and any(member.exitcode is not None for member in self.members):
                 if self.started.is_set():
                     return None
-                raise RuntimeError("the workers died at their start: a script that trains must be "
-                                   "a file with `if __name__ == \"__main__\":`")
+                raise RuntimeError(NO_GUARD)
             if waiting:
                 waiting[0].wait(0.05)
         with contextlib.suppress(*self.lost_errors):
@@ -732,8 +736,8 @@ class Crew(contextlib.AbstractContextManager):
         if self.kind == "ray":
             self.pool, self.lost_errors = ray_pool(n, self.address)
             return
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise SystemExit(1)  # a worker that imports a script; the main process tells
+        if getattr(sys.modules["__main__"], "__file__", "") == "<stdin>":
+            raise RuntimeError(NO_GUARD)  # which workers would look for as a file
 
         def process(*args, **options):
             self.members.append(multiprocessing.context.SpawnProcess(*args, **options))
@@ -827,10 +831,10 @@ def load_run(path, config):
 
 def read_log(path, n):
     """Rows 0 .. n - 1 of a log.csv, as lines; ValueError names the line that is no such row."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     if lines[1:] and not n:
         raise ValueError(f"{path} has rows and no checkpoint beside it: --out names another place")
-    numbers = rf"(,[-+.\w]+){{{len(LOG_COLUMNS) - 1}}}"
+    numbers = rf"(,[-+.\defain]+){{{len(LOG_COLUMNS) - 1}}}"
     patterns = [",".join(LOG_COLUMNS), *(f"{i}{numbers}" for i in range(n))] if n else []
     for i, pattern in enumerate(patterns):
         if not re.fullmatch(pattern, "".join(lines[i : i + 1])):
@@ -878,7 +882,7 @@ def load_checkpoint(path):
             meta = MetaState(**{name: archive[name] for name in MetaState._fields})
         if stored["version"] != VERSION:
             raise ValueError(f"version {stored['version']}, not {VERSION}")
-        config = check_config(Config(**stored["config"]))
+        config, packages = check_config(Config(**stored["config"])), stored["packages"]
         for name, like in initial_state(config)._asdict().items():
             value, like = getattr(meta, name), np.asarray(like)
             low = {"s": 1e-6, "i": 0, "e": 0}.get(name[0], -np.inf)  # sigma, iteration, env_steps
@@ -889,7 +893,7 @@ def load_checkpoint(path):
     except Exception as error:  # zipfile, zlib, numpy and json have many for broken bytes
         raise ValueError(f"{path} is no checkpoint of esmeta: {error!s:.200}") from None
     meta = meta._replace(iteration=int(meta.iteration), env_steps=int(meta.env_steps))
-    return config, meta, stored["packages"]
+    return config, meta, packages
 
 
 def adaptations(config, meta, goal, index, updates, seed):
@@ -933,7 +937,7 @@ def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
     rollouts = task.rollouts if rollouts is None else rollouts
     config = check_config(dataclasses.replace(config, rollouts=rollouts))
     goals = tasks.test_goals(config.task) if goals is None else np.asarray(goals, float)
-    if goals.ndim == 0 or goals.shape[1:] != task.goal_shape or updates < 0:
+    if goals.ndim == 0 or goals.size == 0 or goals.shape[1:] != task.goal_shape or updates < 0:
         raise ValueError(f"goals must have shape {('n', *task.goal_shape)}, updates be at least 0, "
                          f"not {goals.shape}, {updates}".replace("'", ""))
     jobs = [(config, meta, goal, i, updates, seed) for i, goal in enumerate(goals)]
@@ -968,8 +972,7 @@ def say(text, passing=False):
     terminal = getattr(sys.stdout, "isatty", lambda: False)()
     if terminal:
         width = shutil.get_terminal_size().columns - 1
-        text = "\n".join(line[:width] for line in text.split("\n"))
-        text = f"\r{text:<{width}}"
+        text = f"\r{text[:width] if passing else text:<{width}}"
     try:
         if terminal or not passing:
             print(text, end="" if passing else "\n", flush=True)
@@ -983,13 +986,13 @@ def progress_bar(total):
 
 
 def status_line(row, iterations, failed):
-    """An iteration in one line of at most 100 columns."""
+    """An iteration in one line of at most 100 columns, or the terminal's."""
     iteration, before, explorers, after, critic, sigma, ratio, steps, seconds = row.values()
-    left = seconds * (iterations - iteration - 1)
+    left, width = seconds * (iterations - iteration - 1), shutil.get_terminal_size((101, 1)).columns
     return (f"{iteration + 1}/{iterations} " + f"failed {failed} " * bool(failed)
             + f"returns {before:.4g} {explorers:.4g} {after:.4g} critic {critic:.3g}"
             f" sigma {sigma:.3g} ratio {ratio:.2g} {steps / 1e6:.4g}M {seconds:.3g}s left "
-            f"{int(left // 3600)}:{int(left // 60 % 60):02d}")[:100]
+            f"{int(left // 3600)}:{int(left // 60 % 60):02d}")[: min(100, width - 1)]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1047,7 +1050,6 @@ def run(argv):
 
 def main(argv=None):
     """The program: -> exit status 0; 2 bad input; 1 disk or run failed; 130, 143 interrupted."""
-    SIGNALS.clear()
     previous = {s: signal.signal(s, lambda signum, _: SIGNALS.append(signum))
                 for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1061,6 +1063,7 @@ def main(argv=None):
         print("esmeta: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     finally:
+        SIGNALS.clear()
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     return 0

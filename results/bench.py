@@ -325,9 +325,8 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if args.processes < 1:
             raise ValueError(f"--processes must be at least 1, not {args.processes}")
-        for name in args.task:
-            if tasks.find_task(name).model is None:
-                raise ValueError(f"{name} has no physics to compare with")
+        if flat := [name for name in args.task if tasks.find_task(name).model is None]:
+            raise ValueError(f"{flat[0]} has no physics to compare with")
         for name in args.task:
             bench(name, args.processes, args.quick)
         show_memory(args.processes, args.quick)

@@ -1,4 +1,4 @@
-"""The tables of README.md and results/README.md, from the committed files: `python -m results.table`.
+"""README.md's table, then results/README.md's, from the committed files: `python -m results.table`.
 
 Returns are means over MAML's 40 test goals, +- 1.96 standard errors over them for velocities. A
 direction has copies of one goal, which say nothing about others: what tells is the seeds.
@@ -83,11 +83,12 @@ def cost_table():
                 raise ValueError(f"no config.json in {folder}")
             g, explore = len(esmeta.sample_tasks(config, 0, 0)), config.rollouts + 1
             test = config.tests * (g if config.paper else config.rollouts)
+            once = (g * explore + test) / (explore + test)
             steps, minutes = log["env_steps"][-1] / 1e6, log["seconds"].cumsum() / 60
             reached = minutes[log["return_after"] >= published(task)]
             yield row([f"`{folder.name}`", len(minutes), f"{steps:.1f}",
-                       f"{steps * (g * explore + test) / (explore + test):.0f}",
-                       f"{minutes[-1]:.0f}", f"{reached[0]:.1f}" if len(reached) else "not reached"])
+                       f"{steps * once:.0f}", f"{minutes[-1]:.0f}",
+                       f"{reached[0]:.1f}" if len(reached) else "not reached"])
 
 
 def main():
