@@ -101,7 +101,7 @@ class Config:
 ANT = dict(tests=2, lr_mu_actor=102.0, half_life=100.0, weight_decay=0.012)
 TASK_SETTINGS = {  # (ours)
     "point_goal": dict(goals=2, lr_mu_actor=15.0),
-    "cheetah_dir": dict(lr_mu_actor=60.0, actor_step=7.0),
+    "cheetah_dir": dict(lr_mu_actor=60.0, critic_updates=48, actor_step=7.0),
     "ant_vel": dict(ANT, alive_bonus=2.0),
     "ant_dir": dict(ANT, actor_step=11.0),
 }

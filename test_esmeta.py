@@ -14,10 +14,9 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
-import random
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -153,7 +152,6 @@ def test_forwards_and_backwards(dims, seed):
 
 
 def test_sizes_xavier_weights_and_zero_biases():
-    # the sizes do not tell where the action joins, test_forwards_and_backwards does
     o, a, h = dims = Dims(50, 30, 40)
     for own_shapes, size, shapes in (
             (esmeta.actor_shapes, 12806, ((o, h), (h,), (h, h), (h,), (h, a), (a,))),
@@ -166,45 +164,22 @@ def test_sizes_xavier_weights_and_zero_biases():
             assert abs(weights.mean()) < 5 * bound / math.sqrt(3 * weights.size)
 
 
-def arrays(tree):
-    """Every array and NumPy scalar in nested tuples and lists."""
-    if isinstance(tree, (tuple, list)):
-        return [leaf for branch in tree for leaf in arrays(branch)]
-    return [tree] if isinstance(tree, (np.ndarray, np.generic)) else []
-
-
-@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("paper", [False, True])
-def test_formulas_keep_the_dtype_and_their_arguments(monkeypatch, dtype, paper):
-    """Every call inside adapt, critic_error and ascend; a silent promotion costs but time."""
-    calls = set()
-
-    def strict(name, function):
-        def checked(*args):
-            before = [array.copy() for array in arrays(args)]
-            out = function(*args)
-            calls.add(name)
-            assert {a.dtype for a in arrays([args, out]) if a.dtype.kind == "f"} <= {dtype}, name
-            assert all(map(np.array_equal, before, arrays(args))), name
-            if not name.endswith("forward"):  # a cache refers to the arguments
-                pairs = itertools.product(arrays(out), arrays(args))
-                assert not any(itertools.starmap(np.may_share_memory, pairs)), name
-            return out
-        return checked
-
-    names = set("actor_forward actor_backward critic_forward critic_backward nstep_targets "
-                "fit_critic state_values policy_gradient adam_step adapt nes_gradient "
-                "natural_gradient ascend".split())
-    for name in names:
-        monkeypatch.setattr(esmeta, name, strict(name, getattr(esmeta, name)))
+def test_formulas_keep_the_dtype_and_their_arguments(dtype, paper):
     config, (theta, phi, _, _) = make_config(cycles=2, paper=paper), make_nets(DIMS, 0, dtype=dtype)
     data, sigma = make_data(DIMS, 0, dtype=dtype), np.full_like(theta, 0.1)
+    explorers, F = theta + sigma * np.eye(4, len(theta), dtype=dtype), np.arange(4, dtype=dtype)
+    for array in (given := [*data, theta, phi, sigma, F, explorers]):
+        array.setflags(write=False)
+    value = esmeta.state_values(theta, phi, data.obs, DIMS)
+    y = esmeta.nstep_targets(data, value, config)
     adapted = esmeta.adapt(theta, phi, data, sigma, config, DIMS, np.random.default_rng(0))
-    assert math.isfinite(esmeta.critic_error(*adapted, data, config, DIMS))
-    gradient = esmeta.nes_gradient(theta + sigma * np.eye(4, len(theta), dtype=dtype),
-                                   np.arange(4, dtype=dtype), theta, sigma)
-    esmeta.ascend(*gradient, sigma, 4, 0.1, 0.1, config)
-    assert calls == names - ({"natural_gradient"} if paper else set())
+    gradient = esmeta.nes_gradient(explorers, F, theta, sigma)
+    for array in (value, y, *adapted, *gradient,
+                  *esmeta.ascend(*gradient, sigma, 4, 0.1, 0.1, config)):
+        assert array.dtype == dtype
+        assert not any(np.may_share_memory(array, other) for other in given)
 
 
 # ---- Eq. 3 and DDPG: the inner loop --------------------------------------------------------------
@@ -236,32 +211,23 @@ def test_adam_equals_the_published_algorithm():
 
 @quick
 @given(SEED)
-def test_fit_critic_descends_the_semi_gradient(seed):
-    theta, phi, _, _ = make_nets(DIMS, seed)
-    data, config, rng = make_data(DIMS, seed), make_config(n_step=1), np.random.default_rng(seed)
-    obs, action = data.obs[:-1][data.valid], data.action[data.valid]
-    rows, moments = rng.integers(len(obs), size=(2, 5)), np.zeros((2, len(phi)))
+def test_fit_critic_descends_the_squared_error(seed):
+    _, phi, obs, action = make_nets(DIMS, seed, rows=9)
+    rng = np.random.default_rng(seed)
+    y, rows, expected = rng.standard_normal(9), rng.integers(9, size=(2, 5)), phi
 
-    def targets(x):
-        value = esmeta.state_values(theta, x, data.obs, DIMS)
-        return esmeta.nstep_targets(data, value, config)[data.valid]
+    def loss(x, batch):
+        q, pattern = plain_critic(x, obs[batch], action[batch], DIMS)
+        return np.mean((q - y[batch]) ** 2), pattern
 
-    def slope(x, batch, y=None):  # None: y moves with x, which the check tells apart
-        def loss(x):
-            q, pattern = plain_critic(x, obs[batch], action[batch], DIMS)
-            return np.mean((q - (targets(x) if y is None else y)[batch]) ** 2), pattern
-        return numeric_gradient(loss, x)
-
-    y, expected = targets(phi), phi  # y stays as it was before the first step
-    for t, batch in enumerate(rows, start=1):
-        expected = expected - 0.01 * t * slope(expected, batch, y)
-    assert not np.allclose(slope(phi, rows[0]), slope(phi, rows[0], y), rtol=0.01)
+    for t, batch in enumerate(rows, start=4):
+        slope = numeric_gradient(functools.partial(loss, batch=batch), expected)
+        expected = expected - 0.01 * t * slope
     with unittest.mock.patch.object(  # Adam would hide the gradient's scale
-            esmeta, "adam_step", lambda x, gradient, m, t, lr: (x - lr * t * gradient, m)):
-        close(esmeta.fit_critic(phi, obs, action, y, rows, 0.01, DIMS, moments)[0], expected)
-    once, after = esmeta.fit_critic(phi, obs, action, y, rows[:1], 0.01, DIMS, moments)
-    close(esmeta.fit_critic(once, obs, action, y, rows[1:], 0.01, DIMS, after, 1)[0],
-          esmeta.fit_critic(phi, obs, action, y, rows, 0.01, DIMS, moments)[0], 1e-12)
+            esmeta, "adam_step", lambda x, gradient, m, t, lr: (x - lr * t * gradient, m + 1)):
+        fitted, moments = esmeta.fit_critic(phi, obs, action, y, rows, 0.01, DIMS, 5, done=3)
+    close(fitted, expected)
+    assert moments == 7
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -327,18 +293,14 @@ def test_returns_and_critic_error_equal_plain_loops(seed, n, ends, gamma):  # Eq
 def test_the_critic_starts_from_its_own_datas_mean_reward(seed, n, gamma, r):
     """Q = r / (1 - gamma) has no error where all rewards are r, and is what adapt starts from."""
     config = make_config(n_step=n, gamma=gamma, critic_lr=0.0)
-    theta, phi, _, _ = make_nets(DIMS, seed)
-    data, tests = make_data(DIMS, seed, ends=0), make_data(DIMS, seed + 1)
-    same, level = data._replace(reward=np.full_like(data.reward, r)), data.reward.mean()
+    (theta, phi, _, _), data = make_nets(DIMS, seed), make_data(DIMS, seed, ends=0)
     flat = np.append(np.zeros(len(phi) - 1), r / (1 - gamma))
+    same = data._replace(reward=np.full_like(data.reward, r))
     assert esmeta.critic_error(theta, flat, same, config, DIMS) < 1e-18
     rng, sigma = np.random.default_rng(seed), np.full_like(theta, 0.1)
-    actor, flat = esmeta.adapt(theta, flat, data, sigma, config, DIMS, rng)
+    actor, start = esmeta.adapt(theta, flat, data, sigma, config, DIMS, rng)
     np.testing.assert_array_equal(actor, theta)  # a Q without slope
-    close(flat, np.append(np.zeros(len(phi) - 1), level / (1 - gamma)), 1e-12)
-    errors = [flat[-1] - plain_target(tests, np.full((7, 3), flat[-1]), gamma, n, t, i)
-              for t, i in zip(*np.nonzero(tests.valid))]  # not centred on the tests
-    close(esmeta.critic_error(theta, flat, tests, config, DIMS), np.mean(np.square(errors)), 1e-9)
+    close(start, np.append(flat[:-1], data.reward.mean() / (1 - gamma)), 1e-12)
 
 
 @quick
@@ -350,29 +312,11 @@ def test_explorer_fitness_equals_a_plain_loop(seed, goals, rounds, pairs):  # Eq
     F = explored.mean(axis=0)
     for t, g in enumerate(task):
         F[t % k] += (after[t] - after[task == g].mean()) / rounds
-    shift = rng.standard_normal(goals)  # a hard task is no explorer's fault
     with np.errstate(invalid="ignore"):  # a task in the middle without tests
         close(esmeta.explorer_fitness(explored, after, task), F, 1e-12)
-        close(esmeta.explorer_fitness(explored + shift[:, None], after - 3 * shift[task], task),
-              F + shift.mean(), 1e-12)
 
 
 # ---- Eq. 10: the search gradient -----------------------------------------------------------------
-
-
-def log_normal(x, mu, sigma):
-    """log N(x; mu, sigma^2) of one actor (P,), by the standard library."""
-    return sum(math.log(statistics.NormalDist(m, s).pdf(v)) for v, m, s in zip(x, mu, sigma))
-
-
-def is_eq10(gradient, theta, F, mu, sigma):
-    """By central differences of 1/M sum_i sum_j F_ij log N(theta_ij; mu, sigma^2)."""
-    def objective(mu, sigma):
-        terms = [F[ij] * log_normal(theta[ij], mu, sigma) for ij in np.ndindex(F.shape)]
-        return sum(terms) / len(F), None
-    expected = (numeric_gradient(lambda x: objective(x, sigma), mu),
-                numeric_gradient(lambda x: objective(mu, x), sigma))
-    return np.allclose(gradient(theta, F, mu, sigma), expected, rtol=1e-6, atol=1e-6)
 
 
 def make_population(seed, m, k, p):
@@ -382,13 +326,28 @@ def make_population(seed, m, k, p):
     return mu + sigma * rng.standard_normal((m, k, p)), rng.normal(1, 1, (m, k)), mu, sigma
 
 
+def log_normal(theta, mu, sigma):
+    """log N(theta; mu, sigma^2) of actors (M, K, P), by the standard library: -> (M, K)."""
+    normals = [statistics.NormalDist(*each) for each in zip(mu, sigma)]
+    return np.array([[sum(math.log(n.pdf(x)) for n, x in zip(normals, actor)) for actor in worker]
+                     for worker in theta])
+
+
 @quick
 @given(SEED, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 def test_log_density_and_eq10(seed, m, k, p):
-    theta, _, mu, sigma = population = make_population(seed, m, k, p)
-    close(esmeta.log_density(theta, mu, sigma),
-          [[log_normal(x, mu, sigma) for x in worker] for worker in theta], 1e-10)
-    assert is_eq10(esmeta.nes_gradient, *population)
+    """By differences of 1/M sum_ij F_ij log N(theta_ij; mu, sigma^2); and beside what PGPE adds."""
+    theta, F, mu, sigma = make_population(seed, m, k, p)
+
+    def objective(mu, sigma):
+        return np.sum(F * log_normal(theta, mu, sigma)) / m, None
+
+    close(esmeta.log_density(theta, mu, sigma), log_normal(theta, mu, sigma), 1e-10)
+    eq10, d = np.array(esmeta.nes_gradient(theta, F, mu, sigma)), theta - mu
+    close(eq10, [numeric_gradient(lambda x: objective(x, sigma), mu),
+                 numeric_gradient(lambda x: objective(mu, x), sigma)], 1e-6)
+    pgpe = [np.einsum("ij,ijp->p", F, x) / m for x in (d, (d**2 - sigma**2) / sigma)]
+    close(pgpe, sigma**2 * eq10, 1e-10)  # without Eq. 10's 1 / sigma^2
 
 
 @quick
@@ -439,17 +398,6 @@ def test_natural_gradient_divides_by_the_fisher_matrix(k):
           (score_mu / (w @ score_mu**2), score_log_sigma / (w @ score_log_sigma**2)), 1e-10)
 
 
-def test_pgpe_is_eq10_times_sigma_squared():
-    """PGPE codes add F d to mu, F (d^2 - sigma^2) / sigma to sigma: without Eq. 10's 1/sigma^2."""
-    theta, F, mu, sigma = make_population(0, 4, 3, 2)
-    pgpe_mu = np.einsum("ij,ijp->p", F, theta - mu) / 4
-    pgpe_sigma = np.einsum("ij,ijp->p", F, (theta - mu) ** 2 - sigma**2) / sigma / 4
-    eq10 = esmeta.nes_gradient(theta, F, mu, sigma)
-    close((pgpe_mu, pgpe_sigma), sigma**2 * np.array(eq10), 1e-12)
-    close(esmeta.natural_gradient(*eq10, sigma, 3),  # that is PGPE, but for constants
-          (pgpe_mu / 3, pgpe_sigma / sigma / (2 * 3)), 1e-12)
-
-
 @quick
 @given(st.lists(st.sampled_from([-2.5, -1.0, 0.0, 0.5, 3.0, 1e6]), min_size=1, max_size=9))
 def test_centred_ranks_share_ties(values):
@@ -458,7 +406,7 @@ def test_centred_ranks_share_ties(values):
     close(esmeta.centred_ranks(values), ahead / 2 / max(len(values) - 1, 1), 1e-12)
 
 
-# ---- Algorithm 1: explorers, tasks, observations -------------------------------------------------
+# ---- Algorithm 1: explorers, tasks, observations; a worker, the update, an iteration -------------
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -507,9 +455,6 @@ def test_normaliser():
     assert z.min() < -5 and z.max() > 5
     for raw in (meta, make_config(paper=True)), (esmeta.initial_state(config), config):
         np.testing.assert_array_equal(esmeta.make_normaliser(*raw)(obs), obs)
-
-
-# ---- Algorithm 1: a worker, the update, an iteration ---------------------------------------------
 
 
 @pytest.mark.parametrize("name, paper, bonus", [
@@ -616,10 +561,11 @@ class InProcess:
         return self.results
 
 
-@pytest.mark.parametrize("broken", [
-    {}, dict(fitness_critic=math.nan), dict(returns=np.array([1.0, -math.inf, 2.0]))])
-def test_iterate_leaves_out_a_diverged_worker(broken):
-    config, crew = make_config(), InProcess({1}, broken)
+@pytest.mark.parametrize("task, broken", [
+    ("point_goal", {}), ("cheetah_vel", {}), ("point_goal", dict(fitness_critic=math.inf)),
+    ("point_goal", dict(returns=np.array([1.0, -math.inf, 2.0])))])
+def test_iterate_leaves_out_a_diverged_worker(task, broken):
+    config, crew = make_config(task=task), InProcess({1}, broken)
     meta = make_meta(config)
     new, row, failed = esmeta.iterate(config, meta, crew)
     first, _, last = crew.results
@@ -637,7 +583,7 @@ def test_iterate_leaves_out_a_diverged_worker(broken):
         esmeta.iterate(config, meta, InProcess(range(3), broken))
 
 
-# ---- Algorithm 1: the adapted actor in meta-test -------------------------------------------------
+# ---- Algorithm 1: the adapted actor in meta-test; the paper's literal form -----------------------
 
 
 @pytest.mark.parametrize("name, paper, shrink", [
@@ -662,12 +608,10 @@ def test_adaptations_by_hand(name, paper, shrink):
         for actor in actors[:2]])  # without the bonus
 
 
-# ---- Algorithm 1: the paper's literal form -------------------------------------------------------
-
-
 def test_literal_iteration_is_a_rate_times_eq10_of_the_redrawn_theta():
     config = esmeta.make_config("point_goal", True, workers=3, rollouts=4, lr_mu_critic=1e-5)
     meta, crew, theta, phi = make_meta(config), InProcess(), [], []
+    assert esmeta.make_config("ant_dir", True).rollouts == 40  # the paper's
     new, _, _ = esmeta.iterate(config, meta, crew)
     for worker in range(3):
         rng = esmeta.generator(esmeta.WORKER, 0, 3, worker)
@@ -685,6 +629,7 @@ def test_literal_iteration_is_a_rate_times_eq10_of_the_redrawn_theta():
 
 def test_literal_inner_loop_moves_actions():
     config, dims = esmeta.make_config("cheetah_vel", True), esmeta.task_dims("cheetah_vel")
+    assert (config.n_step, config.gamma, config.goals, config.tests) == (1, 0.99, 1, 1)
     meta, rng = esmeta.initial_state(config), esmeta.generator(esmeta.WORKER, 0, 0, 0)
     theta, starts = esmeta.sample_explorers(meta.mu_actor, meta.sigma_actor, config, rng)
     run = esmeta.rollout(config.task, theta, starts, esmeta.make_normaliser(meta, config))
@@ -712,13 +657,21 @@ def some_actions(name, steps, num_envs, seed=0, scale=1.5):
     return np.random.default_rng(seed).uniform(-scale, scale, shape)
 
 
-def play(envs, actions, **reset):
-    """All that an environment returns over one episode, as one flat list of arrays."""
+def play(envs, actions, spoil=False, **reset):
+    """All that an environment returns over one episode; `spoil`: copies, and it is overwritten."""
+    seen = []
+
+    def take(*arrays, info):
+        for array in (*arrays, *info.values()):
+            seen.append(array.copy() if spoil else array)
+            if spoil:
+                array[...] = 1
+
     obs, info = envs.reset(**reset)
-    seen = [obs, *info.values()]
+    take(obs, info=info)
     for action in actions:
-        obs, reward, terminated, truncated, info = envs.step(action)
-        seen += [obs, reward, terminated, truncated, *info.values()]
+        *arrays, info = envs.step(action)
+        take(*arrays, info=info)
     return seen
 
 
@@ -786,175 +739,95 @@ def test_tasks_equal_an_independent_loop_over_plain_mjdata(name):
         for i, data in enumerate(datas):
             expected = reference_step(model, data, name, action[i], goals[i])
             np.testing.assert_allclose(obs[i], expected[0], rtol=0, atol=1e-12)
-            assert abs(reward[i] - expected[1]) <= 1e-12
+            alone = envs.task.reward(expected[3], np.clip(action[i], -1, 1), data.cfrc_ext.ravel(),
+                                     goals[i])
+            np.testing.assert_allclose([reward[i], alone], expected[1], rtol=0, atol=1e-12)
             assert terminated[i] == expected[2]
             assert abs(info["x_velocity"][i] - expected[3]) <= 1e-12
             forces = max(forces, np.abs(data.cfrc_ext).max())
     assert forces > 1.0  # the reference's own forces, so that the test cannot compare zeros
 
 
-def test_tasks_first_observation_is_forwarded_and_noise_is_mamls():
-    for name, qpos0 in (("cheetah_dir", np.zeros(9)),
-                        ("ant_dir", [0, 0, .55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1])):
-        obs, info = tasks.make_vec(name, 3).reset(seed=5)
-        nq = len(qpos0)
-        for i in range(3):
-            rng = np_random(5 + i)[0]
-            noise_q, noise_v = rng.standard_normal(nq), rng.standard_normal(nq - (nq == 15))
-            np.testing.assert_allclose(info["qpos"][i], qpos0 + 0.01 * noise_q, atol=1e-15)
-            np.testing.assert_allclose(info["qvel"][i], 0.1 * noise_v, atol=1e-15)
-            assert info["goal"][i] == tasks.sample_goals(name, rng, 1)[0]  # after the noise
-        assert (obs[:, [-3, -1]] != 0).all()  # the centre of mass, x and z
-        if nq == 15:
-            rotation = obs[:, 113:122].reshape(3, 3, 3)
-            np.testing.assert_allclose(rotation @ rotation.transpose(0, 2, 1),
-                                       np.tile(np.eye(3), (3, 1, 1)), atol=1e-12)
+@pytest.mark.parametrize("name, qpos0", [
+    ("cheetah_dir", np.zeros(9)),
+    ("ant_dir", [0, 0, .55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1])])
+def test_tasks_first_observation_is_forwarded_and_noise_is_mamls(name, qpos0):
+    obs, info = tasks.make_vec(name, 3).reset(seed=5)
+    for i in range(3):
+        rng = np_random(5 + i)[0]
+        close(info["qpos"][i], qpos0 + 0.01 * rng.standard_normal(len(qpos0)), 1e-15)
+        close(info["qvel"][i], 0.1 * rng.standard_normal(len(qpos0) - (name == "ant_dir")), 1e-15)
+        assert info["goal"][i] == tasks.sample_goals(name, rng, 1)[0]  # after the noise
+    assert (obs[:, [-3, -1]] != 0).all()  # the centre of mass, x and z
 
 
-def test_tasks_table():
-    assert {name: (t.obs, t.act, t.horizon, t.rollouts, t.shrink, t.goal_low, t.goal_high)
-            for name, t in tasks.TASKS.items()} == {
-        "cheetah_vel": (20, 6, 200, 20, 0.5, 0, 2), "cheetah_dir": (20, 6, 200, 20, 0.5, -1, 1),
-        "ant_vel": (125, 8, 200, 20, 0.5, 0, 3), "ant_dir": (125, 8, 200, 40, 0.01, -1, 1),
-        "point_goal": (2, 2, 100, 20, 0.5, -0.5, 0.5)}
-
-
-def test_tasks_test_goals_are_mamls_draws():
-    state = np.random.get_state()[1].copy()
-    goals = {name: tasks.test_goals(name) for name in tasks.TASKS}
+@pytest.mark.parametrize("name, lengths, low, high, seed, forward", [
+    ("cheetah_vel", (200, 20, 0.5), 0, 2, 1, 0), ("cheetah_dir", (200, 20, 0.5), -1, 1, 1, 18),
+    ("ant_vel", (200, 20, 0.5), 0, 3, 1, 0), ("ant_dir", (200, 40, 0.01), -1, 1, 2, 15),
+    ("point_goal", (100, 20, 0.5), -0.5, 0.5, 1, 0)])
+def test_tasks_lengths_and_goals_are_mamls(name, lengths, low, high, seed, forward):
+    task, state = tasks.TASKS[name], np.random.get_state()[1].copy()
+    assert (task.horizon, task.rollouts, task.shrink) == lengths
+    shape = (2,) if name == "point_goal" else ()
+    draw = np.random.RandomState(seed).uniform(low, high, (40, *shape))
+    np.testing.assert_array_equal(tasks.test_goals(name), np.sign(draw) if forward else draw)
+    assert not forward or (draw > 0).sum() == forward
     assert (np.random.get_state()[1] == state).all()  # the global generator is left alone
-    for name, seed, low, high, shape in (
-            ("cheetah_vel", 1, 0, 2, 40), ("cheetah_dir", 1, 0, 2, 40), ("ant_vel", 1, 0, 3, 40),
-            ("ant_dir", 2, 0, 3, 40), ("point_goal", 1, -0.5, 0.5, (40, 2))):
-        draw = np.random.RandomState(seed).uniform(low, high, shape)
-        if name.endswith("dir"):
-            draw = np.where(draw > high / 2, 1, -1)
-        assert (goals[name] == draw).all()
-    assert [(goals[name] == 1).sum() for name in ("cheetah_dir", "ant_dir")] == [18, 15]
-
-
-@pytest.mark.parametrize("name", tasks.TASKS)
-def test_tasks_sampled_goals_fill_the_range(name):
-    task = tasks.TASKS[name]
     goals = tasks.sample_goals(name, np.random.default_rng(0), 2000)
-    assert goals.shape == (2000, *tasks.test_goals(name).shape[1:])
-    share = (goals - task.goal_low) / (task.goal_high - task.goal_low)
+    share = (goals - low) / (high - low)
     assert 0 <= share.min() < 0.01 and 0.99 < share.max() <= 1 and abs(share.mean() - 0.5) < 0.05
-    assert (len(np.unique(goals)) == 2) == name.endswith("dir")
-    assert (goals == tasks.sample_goals(name, np.random.default_rng(0), 2000)).all()
+    assert goals.shape == (2000, *shape) and (len(np.unique(goals)) == 2) == (forward > 0)
 
 
 @given(st.sampled_from(list(tasks.TASKS)), SEED, st.integers(1, 9))
 def test_tasks_spread_goals_cover_the_distribution(name, seed, n):
-    task, goals = tasks.TASKS[name], tasks.spread_goals(name, np.random.default_rng(seed), n)
+    task, rng = tasks.TASKS[name], np.random.default_rng(seed)
     if task.direction:
-        assert sorted(goals) == [-1, 1]
+        expected = rng.permutation([-1, 1])  # both, in either order
     elif task.goal_shape:
-        assert (goals == tasks.sample_goals(name, np.random.default_rng(seed), n)).all()
+        expected = tasks.sample_goals(name, rng, n)
     else:
-        part = n * goals / task.goal_high - np.arange(n)
-        np.testing.assert_allclose(part, np.random.default_rng(seed).uniform(size=n), atol=1e-12)
+        expected = (np.arange(n) + rng.uniform(size=n)) * task.goal_high / n
+    close(tasks.spread_goals(name, np.random.default_rng(seed), n), expected, 1e-12)
 
 
-def test_tasks_spread_directions_come_in_either_order():
-    firsts = [tasks.spread_goals("ant_dir", np.random.default_rng(i), 1)[0] for i in range(200)]
-    assert 70 < firsts.count(1) < 130
-
-
-# ---- tasks: rewards and terminations, without MuJoCo
-
-
-numbers = st.floats(-20, 20)
-
-
-@given(st.integers(1, 5), SEED, st.floats(0, 30))
-def test_tasks_rewards_are_their_formulas(n, seed, scale):
-    rng = np.random.default_rng(seed)
-    v, g = scale * rng.standard_normal((2, n))
-    f = scale * rng.standard_normal((n, 84))
-    for size, names in ((6, ("cheetah_vel", "cheetah_dir")), (8, ("ant_vel", "ant_dir"))):
-        a = rng.uniform(-1, 1, (n, size))
-        for name in names:
-            reward = tasks.TASKS[name].reward(v, a, f, g)
-            assert reward.shape == (n,)
-            for i in range(n):
-                effort = sum(x**2 for x in a[i])
-                force = sum(min(1, max(-1, x))**2 for x in f[i])
-                expected = {
-                    "cheetah_vel": -abs(v[i] - g[i]) - 0.05 * effort,
-                    "cheetah_dir": g[i] * v[i] - 0.05 * effort,
-                    "ant_vel": -abs(v[i] - g[i]) + 1.05 - 0.005 * effort - 0.0005 * force,
-                    "ant_dir": g[i] * v[i] + 0.05 - 0.005 * effort - 0.0005 * force}[name]
-                assert reward[i] == pytest.approx(expected, abs=1e-11)
-                # one environment alone, no leading axis, gives the same bits
-                assert reward[i] == tasks.TASKS[name].reward(v[i], a[i], f[i], g[i])
-
-
-@given(st.floats(allow_nan=True, allow_infinity=True), st.integers(0, 28),
-       st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
+@given(st.floats(), st.integers(3, 28), st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
 def test_tasks_ant_termination_is_height_or_not_finite(height, index, value):
-    state = np.zeros(29)
-    state[index] = value
-    state[2] = height
-    broken = index != 2 and not np.isfinite(value)
-    assert tasks.ant_terminated(state) == (broken or not 0.2 <= height <= 1.0)
-    assert tasks.ant_terminated(np.stack([state, state])).shape == (2,)
+    state = np.zeros((2, 29))
+    state[1, [2, index]] = height, value
+    stands = 0.2 <= height <= 1.0 and math.isfinite(value)
+    assert tasks.ant_terminated(state).tolist() == [True, not stands]
 
 
-@given(numbers, numbers, numbers, numbers)
-def test_tasks_point_reward_and_termination(x, y, gx, gy):
-    position = np.array([x, y])
-
-    def ends(goal):
-        return tasks.outcomes("point_goal", position, np.zeros(2), 0.0, goal)
-
-    assert ends(np.array([gx, gy]))[0] == pytest.approx(-(x - gx)**2 - (y - gy)**2, abs=1e-12)
-    assert ends(position + [0.006, -0.006])[1] and not ends(position + [0.008, -0.008])[1]
-    assert ends(np.array([np.nan, 0]))[1]
-
-
-# ---- tasks: the lockstep environment
-
-
-def test_tasks_point_moves_by_a_tenth_of_the_clipped_action():
-    envs = tasks.make_vec("point_goal", 3)
-    x, info = envs.reset(seed=0)
-    assert (x == 0).all() and (np.abs(info["goal"]) <= 0.5).all()
-    for action in some_actions("point_goal", 100, 3):
-        x = x + 0.1 * np.clip(action, -1, 1)
-        np.testing.assert_allclose(envs.step(action)[0], x, atol=1e-12)
-
-
-def test_tasks_point_arrives():
-    envs = tasks.make_vec("point_goal", 2, freeze=True)
-    goal = np.array([[0.3, -0.2], [0.1, 0.1]])
+@quick
+@given(SEED)
+def test_tasks_point_moves_is_paid_and_arrives(seed):
+    """By a tenth of the clipped action; minus the squared distance; within 1 cm, there it stays."""
+    rng, envs = np.random.default_rng(seed), tasks.make_vec("point_goal", 9, freeze=True)
+    goal, x, arrived = rng.uniform(-0.5, 0.5, (9, 2)), np.zeros((9, 2)), np.zeros(9, bool)
     obs, _ = envs.reset(options={"goal": goal})
-    for expected in ([False, True], [False, True], [True, True]):
-        obs, reward, terminated, _, _ = envs.step(10 * (goal - obs))
-        assert terminated.tolist() == expected
-    assert reward[1] == 0 and reward[0] == pytest.approx(0, abs=1e-12)
-    later, reward, terminated, _, _ = envs.step(np.ones((2, 2)))
-    assert (later == obs).all() and (reward == 0).all() and terminated.all()
+    for _ in range(20):
+        close(obs, x, 1e-12)
+        action = 10 * (goal - x) + rng.normal(0, 0.1, (9, 2))
+        x = np.where(arrived[:, None], x, x + 0.1 * np.clip(action, -1, 1))
+        distance = np.linalg.norm(x - goal, axis=1)
+        obs, reward, terminated, _, _ = envs.step(action)
+        close(reward, np.where(arrived, 0, -(distance**2)), 1e-12)
+        arrived |= distance < 0.01
+        assert terminated.tolist() == arrived.tolist()
+    assert arrived.any()
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_tasks_single_environment_is_environment_0_without_its_axis(name):
-    env_id, goal = tasks.TASKS[name].env_id, tasks.test_goals(name)[1]
-    both, envs = np.stack([goal, -goal]), tasks.make_vec(name, 2)
-    for kwargs, alone, options in (({"goal": goal}, {}, {"goal": both}),
-                                   ({}, {"goal": goal}, {"goal": both}), ({}, {}, {})):
-        one = gymnasium.make(env_id, **kwargs)
-        obs, info = envs.reset(seed=11, options=options)
-        obs1, info1 = one.reset(seed=11, options=alone)
-        assert (obs[0] == obs1).all()
-        assert all(np.array_equal(info[key][0], info1[key]) for key in info | info1)
-        for action in some_actions(name, 5, 2, scale=0.6):
-            obs, reward, terminated, truncated, info = envs.step(action)
-            obs1, *scalars, info1 = one.step(action[0])
-            assert (obs[0] == obs1).all()
-            assert {key: x[0] for key, x in info.items()} == info1
-            assert scalars == [reward[0], terminated[0], truncated[0]]
-            assert [*map(type, scalars)] == [float, bool, bool]
+    goal, actions = tasks.test_goals(name)[1], some_actions(name, 5, 2, scale=0.6)
+    both, envs = {"goal": np.stack([goal, -goal])}, tasks.make_vec(name, 2)
+    for made_with, alone, options in (
+            ({"goal": goal}, {}, both), ({}, {"goal": goal}, both), ({}, {}, {})):
+        one = gymnasium.make(tasks.TASKS[name].env_id, **made_with)
+        first = [x[0] for x in play(envs, actions, seed=11, options=options)]
+        assert_same_bits(first, play(one, actions[:, 0], seed=11, options=alone))
+    assert [*map(type, one.step(actions[0, 0])[1:4])] == [float, bool, bool]
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
@@ -974,49 +847,34 @@ def test_tasks_reset_leaves_no_trace(name):
 @pytest.mark.parametrize("freeze", [False, True])
 @pytest.mark.parametrize("name", ["cheetah_vel", "ant_vel", "point_goal"])
 def test_tasks_what_was_returned_or_given_belongs_to_the_caller(name, freeze):
-    num_envs, actions = 8, some_actions(name, 200, 8, seed=2)
-    goal = np.array(tasks.test_goals(name)[:num_envs])
-    envs, copy = tasks.make_vec(name, num_envs, freeze=freeze), actions.copy()
+    envs, actions = tasks.make_vec(name, 8, freeze=freeze), some_actions(name, 200, 8, seed=2)
+    goal = tasks.test_goals(name)[:8].copy()
+    for given_array in actions, goal:
+        given_array.setflags(write=False)
     expected = play(envs, actions, seed=0, options={"goal": goal})
-    assert (actions == copy).all()
-    # no array is returned twice, nor is any a view of the environment's
-    assert len({x.__array_interface__["data"][0] for x in expected}) == len(expected)
-    obs, info = envs.reset(seed=0, options={"goal": goal})
-    seen = [x.copy() for x in (obs, *info.values())]
-    goal[...] = 9
-    for action in actions:
-        for x in (obs, *info.values()):
-            x[...] = 1
-        obs, reward, terminated, truncated, info = envs.step(action)
-        seen += [x.copy() for x in (obs, reward, terminated, truncated, *info.values())]
-        last = terminated.copy()
-        reward[...] = terminated[...] = truncated[...] = action[...] = 0
-    assert_same_bits(expected, seen)
-    assert last.any() or name != "ant_vel" or not freeze  # one had frozen
+    assert_same_bits(expected, play(envs, actions, spoil=True, seed=0, options={"goal": goal}))
+    assert not np.may_share_memory(envs.goal, goal)
+    assert expected[-4].any() or name != "ant_vel" or not freeze  # one had frozen
 
 
 def test_tasks_freeze_stops_what_has_terminated_and_changes_nothing_else():
-    actions = some_actions("ant_vel", 250, 8, seed=2)
-    frozen, free = (tasks.make_vec("ant_vel", 8, freeze=f) for f in (True, False))
-    last, _ = frozen.reset(seed=0)
-    free.reset(seed=0)
+    frozen, free = both = [tasks.make_vec("ant_vel", 8, freeze=f) for f in (True, False)]
+    last, _ = [envs.reset(seed=0)[0] for envs in both]
     dead = np.zeros(8, bool)
-    for t, action in enumerate(actions):
-        obs, reward, terminated, truncated, info = frozen.step(action)
-        expected = free.step(action)
-        for a, b in zip((obs, reward, terminated, truncated, info["x_velocity"]),
-                        (*expected[:4], expected[4]["x_velocity"])):
-            np.testing.assert_array_equal(a[~dead], b[~dead])
-        assert (obs[dead] == last[dead]).all() and (reward[dead] == 0).all()
-        assert terminated[dead].all()
+    for t, action in enumerate(some_actions("ant_vel", 250, 8, seed=2)):
+        seen, expected = [[*arrays, info["x_velocity"]] for *arrays, info in (
+            envs.step(action) for envs in both)]
+        assert_same_bits([x[~dead] for x in seen], [x[~dead] for x in expected])
+        obs, reward, terminated, *_ = seen
+        assert_same_bits([obs[dead]], [last[dead]])
+        assert not reward[dead].any() and terminated[dead].all()
         dead, last = terminated, obs
         if t == 200:
-            assert dead.any() and not dead.all()
+            assert 0 < dead.sum() < 8
             assert (frozen.batch.time[dead] < free.batch.time[dead]).all()  # really not stepped
-            revived, last = dead, frozen.reset(options={"reset_mask": dead})[0]
-            assert (last[dead] == free.reset(options={"reset_mask": dead})[0][dead]).all()
-            assert (last[~dead] == obs[~dead]).all()
-            dead = np.zeros(8, bool)
+            last, expected = [envs.reset(options={"reset_mask": dead})[0] for envs in both]
+            assert_same_bits([last[dead], last[~dead]], [expected[dead], obs[~dead]])
+            revived, dead = dead, np.zeros(8, bool)
     assert (frozen.batch.time[revived] > 0.02).all()
 
 
@@ -1036,43 +894,33 @@ def test_tasks_what_breaks_down_terminates_alone_and_for_good(name, freeze):
             assert terminated.tolist() == info["unstable"].tolist() == [False, True, False]
             assert np.isfinite(obs if robots else obs[[0, 2]]).all()
             assert np.isfinite(reward[[0, 2]]).all()
-    envs.reset(seed=0)
-    assert not envs.step(still)[2].any()
     with pytest.raises(ValueError, match="shape"):
         envs.step(np.zeros(act))  # would broadcast
 
 
 def test_tasks_bad_names_goals_seeds_and_options():
-    for call in (lambda n: tasks.make_vec(n, 1), tasks.test_goals,
-                 lambda n: tasks.sample_goals(n, np.random.default_rng(0), 1)):
+    for function in tasks.test_goals, functools.partial(tasks.make_vec, num_envs=1):
         with pytest.raises(ValueError, match="did you mean 'ant_vel'"):
-            call("ant_vell")
-    for name, bad in (("ant_vel", np.zeros(2)), ("ant_vel", np.zeros((3, 1))), ("ant_vel", 1.0),
-                      ("ant_vel", [1.0, np.nan, 1.0]), ("point_goal", np.zeros(3)),
-                      ("point_goal", np.zeros((3, 3)))):
-        with pytest.raises(ValueError) as error:
-            tasks.make_vec(name, 3).reset(options={"goal": bad})
-        assert "\n" not in str(error.value).split("not ")[0]
+            function("ant_vell")
     with pytest.raises(ValueError, match="goals of shape"):
         gymnasium.make("esmeta/AntVel-v0", goal=[1.0, 2.0])
-    envs = tasks.make_vec("point_goal", 2)
-    with pytest.raises(ValueError, match="2 seeds"):
-        envs.reset(seed=[1, 2, 3])
-    with pytest.raises(ValueError, match="sead"):
-        envs.reset(options={"sead": 1})
-    half = np.array([True, False])
-    with pytest.raises(ValueError, match="at first all"):
-        envs.reset(options={"reset_mask": half})
-    envs.reset()
-    for bad in (~half & half, half[:1], half[None], half.astype(int), [1.0, 2.0], True):
-        with pytest.raises(ValueError, match="reset_mask.*bools") as error:
-            envs.reset(options={"reset_mask": bad})
-        assert "\n" not in str(error.value)
+    for name, goals in (("ant_vel", (np.zeros(2), np.zeros((3, 1)), 1.0, [1.0, math.nan, 1.0])),
+                        ("point_goal", (np.zeros(3), np.zeros((3, 3))))):
+        envs, half = tasks.make_vec(name, 3), np.array([True, False, False])
+        with pytest.raises(ValueError, match="at first all"):
+            envs.reset(options={"reset_mask": half})
+        envs.reset()
+        masks = half[:0], half & False, half[:1], half[None], half.astype(int), [1.0] * 3, True
+        for word, reset in [("3 seeds", dict(seed=[1, 2])), ("sead", dict(options={"sead": 1})),
+                            *(("goals of shape", dict(options={"goal": goal})) for goal in goals),
+                            *(("bools", dict(options={"reset_mask": mask})) for mask in masks)]:
+            with pytest.raises(ValueError, match=word) as error:
+                envs.reset(**reset)
+            assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("with_goal", [False, True])
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_tasks_partial_reset_equals_gymnasiums(name, with_goal):
+def test_tasks_partial_reset_equals_gymnasiums(name):
     task, n, goal = tasks.TASKS[name], 4, tasks.test_goals(name)[5]
     sync = gymnasium.make_vec(task.env_id, n, vectorization_mode="sync",
                               vector_kwargs=dict(autoreset_mode=AutoresetMode.DISABLED))
@@ -1081,29 +929,23 @@ def test_tasks_partial_reset_equals_gymnasiums(name, with_goal):
     for t, action in enumerate(some_actions(name, 2 * task.horizon + 50, n)):
         seen, expected = envs.step(action), sync.step(action)
         assert_same_bits(seen[:4], expected[:4])
-        mask = seen[2] | seen[3] | ((t == 20) & (np.arange(n) == 2))  # one of them in mid-episode
-        if mask.any():
+        some = (t % 20 == 0) & (np.arange(n) == t // 20 % n)  # one of them in mid-episode
+        if (mask := seen[2] | seen[3] | some).any():
             partial += not mask.all()
-            options = [{"goal": goal}, {"goal": np.stack([goal] * n)}] if with_goal else [{}, {}]
+            own, theirs = ({"goal": [goal] * n}, {"goal": goal}) if t % 40 else ({}, {})
             seed = [None, 50, [7, 8, None, 9]][t % 3]
             (obs, info), (obs1, info1) = (
-                e.reset(seed=seed, options={**o, "reset_mask": mask.copy()})
-                for e, o in zip((envs, sync), options[::-1]))
+                e.reset(seed=seed, options={**goals, "reset_mask": mask.copy()})
+                for e, goals in ((envs, own), (sync, theirs)))
             assert_same_bits([obs, *(x[mask] for x in info.values())],
                              [obs1, *(info1[key][mask] for key in info)])
     assert partial >= 3
-
-
-# ---- tasks: Gymnasium
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_tasks_are_registered_and_pass_check_env(name):
     task = tasks.TASKS[name]
     assert gymnasium.spec(task.env_id).max_episode_steps == task.horizon
-    goal = tasks.test_goals(name)[0]
-    env = gymnasium.make(task.env_id, goal=goal)
-    assert np.array_equal(env.reset(seed=0)[1]["goal"], goal)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it finds infinite bounds of observations unusual
         check_env(gymnasium.make(task.env_id).unwrapped, skip_render_check=True)
@@ -1120,19 +962,14 @@ def test_tasks_render_where_the_machine_can():
     frame = env.render()
     assert frame.shape == (480, 480, 3) and frame.dtype == np.uint8
     assert (frame[240, 240] == 0).all() and frame[180, 300].tolist() == [0, 160, 0]
-    script = ("import sys; from results import video; video.CAN_RENDER or sys.exit(77); "
-              "import gymnasium, tasks; "
+    script = ("from results import video; import gymnasium, tasks; video.CAN_RENDER or exit('no'); "
               "env = gymnasium.make('esmeta/AntVel-v0', render_mode='rgb_array'); "
               "env.reset(seed=0); frame = env.render(); env.close(); "
               "print(frame.shape, frame.dtype, frame.std() > 1)")
-    path = str(Path(tasks.__file__).parent)
-    ran = subprocess.run(  # in a process of its own: MUJOCO_GL counts before the import only
-        [sys.executable, "-c", script], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": path})
-    if ran.returncode == 77:
+    text, error = start("-c", script).communicate()  # MUJOCO_GL counts before the import only
+    if error == "no\n":
         pytest.skip("no OpenGL here")
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split("\n")[0] == "(480, 480, 3) uint8 True"
+    assert text.startswith("(480, 480, 3) uint8 True\n"), error
 
 
 # ---- system ------------------------------------------------------------------------------------
@@ -1142,13 +979,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(esmeta.Config)}
 TINY = ("--task point_goal --workers 4 --rollouts 4 --goals 1 --critic-updates 2 --batch 8 "
         "--momentum 0.5 --weight-decay 0.01")
 SLOW = TINY.replace("--critic-updates 2", "--critic-updates 150")  # ~0.1 s a job
-CHEETAH = TINY.replace("point_goal --workers 4", "cheetah_vel --workers 2")
 LAUNCHED = []
-
-
-def tiny_config(task="point_goal", **fields):
-    return esmeta.make_config(task, **{**dict(workers=4, rollouts=4, goals=1, critic_updates=2,
-                                              batch=8, momentum=0.5, weight_decay=0.01), **fields})
 
 
 def call(line, out=None):
@@ -1161,13 +992,20 @@ def start(*arguments, **options):
     LAUNCHED.append(subprocess.Popen(
         [sys.executable, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(HERE)}, **options))
+        env={**os.environ, "PYTHONPATH": str(HERE), "OPENBLAS_NUM_THREADS": "2"}, **options))
     return LAUNCHED[-1]
 
 
 def launch(line, out):
     """esmeta.py in a process of its own."""
     return start(esmeta.__file__, *line.split(), "--out", out)
+
+
+def finished(process):
+    """What a process printed, once it has ended well and without a word of error."""
+    text, error = process.communicate(timeout=600)
+    assert (process.returncode, error) == (0, ""), error
+    return text
 
 
 @pytest.fixture(autouse=True)
@@ -1204,9 +1042,7 @@ def undisturbed(out, iterations, line=TINY):
 def run_of_4(tmp_path_factory):
     """A run directory of 4 iterations, made by a process whose output is a pipe."""
     out = tmp_path_factory.mktemp("system") / "run"
-    process = launch(TINY + " --iterations 4 --processes 1", out)
-    text, error = process.communicate(timeout=300)
-    assert process.returncode == 0 and error == ""
+    text = finished(launch(TINY + " --iterations 4 --processes 1", out))
     assert text.replace("\n", "").isprintable()  # no terminal: no control characters
     *rows, last = text.splitlines()
     assert [line.split()[0] for line in rows] == ["1/4", "2/4", "3/4", "4/4"]
@@ -1217,10 +1053,7 @@ def run_of_4(tmp_path_factory):
 @pytest.fixture
 def copy(run_of_4, tmp_path):
     """A copy of that run, to be damaged."""
-    (tmp_path / "run").mkdir()
-    for name in "checkpoint.npz", "config.json", "log.csv":
-        (tmp_path / "run" / name).write_bytes((run_of_4 / name).read_bytes())
-    return tmp_path / "run"
+    return shutil.copytree(run_of_4, tmp_path / "run")
 
 
 def test_system_processes_and_resume_change_no_bit(run_of_4, tmp_path, capsys):
@@ -1252,22 +1085,21 @@ def test_system_no_more_processes_than_jobs_or_usable_cores(tmp_path, monkeypatc
 
 
 def test_system_what_a_run_directory_holds(run_of_4):
-    rows = list(csv.reader((run_of_4 / "log.csv").open()))
+    rows = list(csv.DictReader((run_of_4 / "log.csv").open()))
     assert ",".join(rows[0]) == ("iteration,return_before,return_explorers,return_after,"
                                  "critic_error,sigma_actor,update_ratio,env_steps,seconds")
-    assert [row[0] for row in rows[1:]] == ["0", "1", "2", "3"]
-    assert all(math.isfinite(float(cell)) for row in rows[1:] for cell in row)
-    config = dataclasses.asdict(tiny_config())
+    assert [row["iteration"] for row in rows] == ["0", "1", "2", "3"]
+    assert all(math.isfinite(float(cell)) for row in rows for cell in row.values())
+    config = dataclasses.asdict(esmeta.make_config(
+        "point_goal", workers=4, rollouts=4, goals=1, critic_updates=2, batch=8, momentum=0.5,
+        weight_decay=0.01))
     assert json.loads((run_of_4 / "config.json").read_text()) == config
     with np.load(run_of_4 / "checkpoint.npz", allow_pickle=False) as archive:  # so: no pickles
-        assert set(archive) == set("mu_actor sigma_actor mu_critic sigma_critic velocity obs_sums "
-                                   "iteration env_steps config".split())
         stored = json.loads(str(archive["config"]))
-        assert archive["iteration"] == 4 and archive["env_steps"] == int(rows[-1][7])
-        assert archive["mu_actor"].shape == (10602,) and archive["obs_sums"].shape == (3, 2)
-    assert stored["version"] == 3 and stored["config"] == config
-    assert stored["packages"]["numpy"] == np.__version__ and "mujoco" in stored["packages"]
-    assert {path.name for path in run_of_4.iterdir()} - {".lock", "eval.csv"} == {
+        assert {*archive} == {*esmeta.MetaState._fields, "config"} and archive["iteration"] == 4
+        assert archive["env_steps"] == int(rows[-1]["env_steps"])
+    assert stored == {"version": 3, "config": config, "packages": esmeta.PACKAGES}
+    assert {path.name for path in run_of_4.iterdir()} - {".lock"} == {
         "checkpoint.npz", "config.json", "log.csv"}
 
 
@@ -1285,8 +1117,7 @@ def test_system_bar_and_line_fit_the_terminal(columns, processes, monkeypatch):
         assert bars and len(set(bars)) == len(bars) <= 5, bars  # redrawn on change only
     assert "./run.sh --eval run --updates 3" in last  # however long it is: to be copied
     assert call("--eval run --updates 3 --processes 1") == 0
-    *_, heads, means, _ = terminal.getvalue().split("\n")
-    assert heads.split()[-2:] == ["after", "3"] and means.count(".") == 2 * means.count("+-") == 8
+    assert terminal.getvalue().splitlines()[-1].count("+-") == 4  # nor is a table cut
 
 
 @pytest.mark.parametrize("output", [">&-", "| :"])  # none; one that closes at once
@@ -1312,63 +1143,42 @@ def test_system_eval_is_one_table_for_any_process_count(copy, capsys):
         assert call(f"--eval {path} --updates 2 --processes {processes}") == 0
         seen.append((capsys.readouterr().out, (copy / "eval.csv").read_text()))
     assert seen[0] == seen[1] and bits(copy) == before
-    rows = list(csv.reader(io.StringIO(seen[0][1])))
-    assert rows[0] == ["task", "goal", "updates", "return"] and len(rows) == 1 + 3 * 40
-    assert [row[2] for row in rows[1:]] == ["0"] * 40 + ["1"] * 40 + ["2"] * 40
-    returns = np.array([float(row[3]) for row in rows[1:]]).reshape(3, 40)
-    shown = [float(x) for x in re.findall(r"-?[\d.]+", seen[0][0].split("mean")[1])]
-    np.testing.assert_allclose(shown[0::2], returns.mean(axis=1), atol=0.06)
-    np.testing.assert_allclose(shown[1::2], 1.96 * returns.std(axis=1) / 40**0.5, atol=0.06)
+    rows = list(csv.DictReader(io.StringIO(seen[0][1])))
+    assert list(rows[0]) == ["task", "goal", "updates", "return"]
+    assert [row["updates"] for row in rows] == ["0"] * 40 + ["1"] * 40 + ["2"] * 40
+    x = np.array([float(row["return"]) for row in rows]).reshape(3, 40)
+    assert seen[0][0].split()[:6] == ["point_goal", "before", "after", "1", "after", "2"]
+    shown = re.findall(r"-?[\d.]+", seen[0][0].split("mean")[1])
+    np.testing.assert_allclose(np.reshape(shown, (3, 2)).astype(float).T, [
+        x.mean(axis=1), 1.96 * x.std(axis=1) / 40**0.5], rtol=0, atol=0.06)
 
 
-def test_system_eval_with_another_number_of_explorers(copy, capsys):
-    names = {"": "eval.csv", "--rollouts 20": "eval-K20.csv", "--rollouts 8": "eval-K8.csv"}
-    tables = []
-    for flags, name in names.items():
-        assert call(f"--eval {copy} --processes 1 {flags}") == 0
-        tables.append((copy / name).read_text().splitlines())
-    assert tables[0] == tables[1]  # MAML's; it was trained with 4
-    assert [own == other for own, other in zip(tables[0], tables[2])] == [True] * 41 + [False] * 40
+def test_system_meta_test_on_any_goals_with_any_number_of_explorers(copy, capsys):
+    four = tasks.test_goals("point_goal")[:4]
+    returns, eight = esmeta.meta_test(copy, four), esmeta.meta_test(copy, four, rollouts=8)
+    assert returns.shape == (2, 4) and np.isfinite(returns).all()
+    for path, goals, other in ((copy, four[:2], dict(rollouts=20)),  # MAML's; trained with 4
+                               (copy / "checkpoint.npz", four, dict(updates=0))):
+        again = esmeta.meta_test(path, goals, **other)
+        np.testing.assert_array_equal(again, returns[: len(again), : len(goals)])
+    for other in eight, esmeta.meta_test(copy, four, seed=1):
+        assert (other[1] != returns[1]).all()
+    assert call(f"--eval {copy} --processes 1 --rollouts 8") == 0
+    rows = list(csv.DictReader((copy / "eval-K8.csv").open()))
+    close([float(row["return"]) for row in rows[40:44]], eight[1], 1e-5)
     assert call(f"--eval {copy} --rollouts 7") == 2 and "even" in one_line(capsys.readouterr().err)
 
 
-def test_system_meta_test_on_any_goals(run_of_4):
-    four, two = tasks.test_goals("point_goal")[:4], tasks.test_goals("point_goal")[:2]
-    returns = esmeta.meta_test(run_of_4, four)
-    assert returns.shape == (2, 4) and np.isfinite(returns).all()
-    np.testing.assert_array_equal(esmeta.meta_test(run_of_4, two), returns[:, :2])
-    before = esmeta.meta_test(run_of_4 / "checkpoint.npz", two, updates=0)
-    np.testing.assert_array_equal(before, returns[:1, :2])
-    assert (esmeta.meta_test(run_of_4, two, seed=1)[1] != returns[1, :2]).all()
-
-
-@pytest.mark.parametrize("name, shape, goals, updates", [
-    *(("point_goal", "(n, 2)", wrong, 1) for wrong in (1.5, [1.5], [0.1, 0.2], np.ones((2, 20)))),
-    *(("cheetah_vel", "(n,)", wrong, 1) for wrong in (1.5, [[1.5]], np.ones((2, 20)))),
-    ("point_goal", "(n, 2)", None, -1)])
-def test_system_meta_test_names_the_goals_it_takes(name, shape, goals, updates, tmp_path):
-    config = tiny_config(name)
+@pytest.mark.parametrize("name, shape, wrong", [
+    ("point_goal", "(n, 2)", (1.5, [1.5], [0.1, 0.2], np.ones((2, 20)))),
+    ("cheetah_vel", "(n,)", (1.5, [], [[1.5]], np.ones((2, 20))))])
+def test_system_meta_test_names_the_goals_it_takes(name, shape, wrong, tmp_path):
+    config = make_config(task=name)
     esmeta.save_checkpoint(tmp_path / "checkpoint.npz", config, esmeta.initial_state(config))
-    with pytest.raises(ValueError) as caught:
-        esmeta.meta_test(tmp_path, goals, updates)
-    assert shape in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", [*MUJOCO_TASKS, "point_goal"])
-def test_system_paper_preset_leaves_nothing_of_ours(name):
-    preset = dict(esmeta.PAPER, workers=64, rollouts=40 if name == "ant_dir" else 20)
-    assert esmeta.make_config(name, True) == esmeta.Config(name, paper=True, **preset)
-    neutral = dict(goals=1, tests=1, half_life=0, momentum=0, weight_decay=0, n_step=1, gamma=0.99)
-    assert neutral.items() <= preset.items()
-    assert esmeta.make_config(name, True, gamma=0.5).gamma == 0.5
-
-
-@pytest.mark.parametrize("name", ["point_goal", "cheetah_vel"])
-def test_system_paper_trains(name, tmp_path):
-    undisturbed(tmp_path / "run", 2, f"--paper --task {name} --workers 2 --rollouts 4 --batch 8")
-    stored, meta, *_ = esmeta.load_checkpoint(tmp_path / "run")
-    assert stored == esmeta.make_config(name, True, workers=2, rollouts=4, batch=8)
-    assert meta.iteration == 2 and (meta.mu_actor != esmeta.initial_state(stored).mu_actor).any()
+    for goals, updates in (*((goals, 1) for goals in wrong), (None, -1)):
+        with pytest.raises(ValueError, match=re.escape(shape)) as caught:
+            esmeta.meta_test(tmp_path, goals, updates)
+        assert "\n" not in str(caught.value)
 
 
 def test_system_help_shows_every_default_with_its_provenance(capsys, monkeypatch):
@@ -1416,50 +1226,31 @@ def test_system_readme_lists_the_differences_from_the_paper():
         assert function in re.findall(r"`(\w+)`", line), line
 
 
-def test_system_an_exported_number_of_threads_changes_no_bit():
-    program = ("import esmeta, numpy as np; e = np.random.default_rng(0).standard_normal("
-               "(64, 30000), np.float32); print((e[:, 0] @ e).tobytes().hex())")
-    done = [subprocess.run([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE,
-                           check=True, env={**os.environ, "OPENBLAS_NUM_THREADS": n,
-                                            "OMP_NUM_THREADS": n}) for n in ("1", "2")]
-    assert done[0].stdout == done[1].stdout
-
-
 def test_system_readme_example_prints_one_number_twice():
     program = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE,
-                          text=True, check=True)
-    formula, difference = map(float, done.stdout.split())
+    formula, difference = map(float, finished(start("-c", program)).split())
     assert formula == pytest.approx(difference, rel=1e-6)
 
 
-LEARNING = "--task point_goal --workers 32 --rollouts 10 --iterations 20"
-MARGIN = 8.0  # in return: standing still scores -17, the first iteration about -60
-
-
 def test_system_point_goal_learns(tmp_path):
-    assert call(LEARNING, tmp_path / "run") == 0
+    line = "--task point_goal --workers 32 --rollouts 10 --iterations 20"
+    assert call(line, tmp_path / "run") == 0
     after = [float(row.split(",")[3]) for row in log_rows(tmp_path / "run")]
-    assert np.mean(after[-3:]) > after[0] + MARGIN
+    assert np.mean(after[-3:]) > after[0] + 8  # standing still scores -17, the first about -60
 
 
-@pytest.mark.parametrize("task", MUJOCO_TASKS)
-def test_system_committed_results_are_what_their_checkpoints_do(task):
-    """After one update on the first 4 goals, to 10 %: other CPUs round differently."""
-    folder = HERE / "results" / f"{task}-seed0"
-    rows = list(csv.DictReader((folder / "eval.csv").open()))
-    _, after = esmeta.meta_test(folder, tasks.test_goals(task)[:4])
-    written = [float(row["return"]) for row in rows if row["updates"] == "1"][:4]
-    assert after.mean() == pytest.approx(np.mean(written), rel=0.1, abs=10)
-
-
-@pytest.mark.parametrize("folder", sorted(
-    path.name for path in (HERE / "results").iterdir() if re.fullmatch(r"\w+-seed\d+", path.name)))
-def test_system_committed_results_have_the_defaults(folder):
-    task, seed = folder.split("-seed")
-    config, meta, *_ = esmeta.load_checkpoint(HERE / "results" / folder)
+@pytest.mark.parametrize("folder", sorted({"cheetah_vel-seed0", "cheetah_dir-seed0"} | {
+    path.name for path in (HERE / "results").glob("*") if re.fullmatch(r"\w+-seed\d+", path.name)}))
+def test_system_committed_results_have_the_defaults_and_are_what_their_checkpoints_do(folder):
+    (task, seed), path = folder.split("-seed"), HERE / "results" / folder
+    config, meta, _ = esmeta.load_checkpoint(path)
     assert config == esmeta.make_config(task, seed=int(seed))
-    assert meta.iteration == len(log_rows(HERE / "results" / folder)) == esmeta.ITERATIONS
+    assert len(log_rows(path)) == meta.iteration <= esmeta.ITERATIONS  # a run may yet go on
+    if seed == "0":  # one update on the first 4 goals, to 10 %: other CPUs round differently
+        rows = list(csv.DictReader((path / "eval.csv").open()))
+        written = [float(row["return"]) for row in rows if row["updates"] == "1"][:4]
+        after = esmeta.meta_test(path, tasks.test_goals(task)[:4])[1]
+        assert after.mean() == pytest.approx(np.mean(written), rel=0.1, abs=10)
 
 
 # ---- faults ------------------------------------------------------------------------------------
@@ -1488,12 +1279,9 @@ def iteration_of(out):
     return len(log_rows(out)) if (out / "log.csv").exists() else 0
 
 
-# (iteration, jobs done at that moment, which): of the idle, one holds the lock of the job queue
-KILLS = [(1, 1, 0), (2, 4, 0), (3, 4, 1), (5, 1, 0), (5, 1, 1)]
-
-
 def test_fault_killed_pool_workers_change_no_bit(tmp_path, monkeypatch, capsys):
-    kills, made = list(KILLS), []
+    # (iteration, jobs done at that moment, which): of the idle, one holds the job queue's lock
+    kills, made = [(1, 1, 0), (2, 4, 0), (3, 4, 1), (5, 1, 0), (5, 1, 1)], []
 
     def progress(done):
         children = sorted(multiprocessing.active_children(), key=lambda child: child.pid)
@@ -1527,31 +1315,30 @@ def test_fault_job_that_kills_its_worker_stops_the_run(tmp_path, monkeypatch, ca
 def test_fault_a_pool_ends_its_own_processes_only(tmp_path, monkeypatch):
     def progress(done):
         if not LAUNCHED:  # while a pool is open
-            child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
-            child.start()
-            LAUNCHED.append(child)
-            start("-c", "import time; time.sleep(600)")
+            context = multiprocessing.get_context("spawn")
+            LAUNCHED.append(context.Process(target=time.sleep, args=(600,)))
+            LAUNCHED[0].start()
 
     monkeypatch.setattr(esmeta, "progress_bar", lambda total: progress)
     assert call(TINY + " --iterations 2 --processes 2", tmp_path / "run") == 0
-    child, process = LAUNCHED
-    assert multiprocessing.active_children() == [child] and process.poll() is None
-    child.kill()
-    child.join()
+    assert multiprocessing.active_children() == LAUNCHED
+    LAUNCHED[0].kill()
+    LAUNCHED[0].join()
 
 
 @pytest.mark.parametrize("processes", [(1, 1), (2, 1), (2, 2)])
 def test_fault_trainings_in_two_threads_do_not_touch_each_other(processes, tmp_path):
     def train(seed):
         for n in 1, 3:  # a pool ends while the other works
-            esmeta.train(tiny_config(seed=seed), n, processes[seed], f"run{seed}", resume=n > 1)
+            esmeta.train(configs[seed], n, processes[seed], f"run{seed}", resume=n > 1)
 
+    configs = [make_config(seed=seed) for seed in (0, 1)]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         list(threads.map(train, (0, 1)))
     assert not multiprocessing.active_children()
     for seed in 0, 1:
-        expected = undisturbed(tmp_path / f"quiet{seed}", 3, f"{TINY} --seed {seed}")
-        assert bits(tmp_path / f"run{seed}") == expected
+        esmeta.train(configs[seed], 3, 1, f"quiet{seed}")
+        assert bits(tmp_path / f"run{seed}") == bits(tmp_path / f"quiet{seed}")
 
 
 UNGUARDED = """
@@ -1586,8 +1373,7 @@ if __name__ == "__main__":
 
 def test_fault_system_without_fcntl_signal_masks_and_affinity(run_of_4, tmp_path):
     (tmp_path / "script.py").write_text(OTHER_SYSTEM)
-    process = start("script.py", *TINY.split(), *"--iterations 4 --processes 2 --out run".split())
-    assert process.communicate(timeout=300)[1] == "" and process.returncode == 0
+    finished(start("script.py", *TINY.split(), *"--iterations 4 --processes 2 --out run".split()))
     assert bits(tmp_path / "run") == bits(run_of_4)
 
 
@@ -1608,7 +1394,8 @@ def test_fault_interrupted_run_stops_cleanly(signum, send, delay, processes, tmp
     process = launch(f"{TINY} --iterations 9999 --processes {processes}", out)
     wait_until(lambda: len(group(process.pid)) >= 3 if delay else iteration_of(out) >= 2)
     if processes == 1:
-        assert group(process.pid) == [process.pid]  # it starts none
+        assert group(process.pid) == [process.pid]  # it starts none, and no thread for BLAS
+        assert len([*Path(f"/proc/{process.pid}/task").iterdir()]) == 1
         for line, word in (TINY + " --resume", "another process"), (TINY, "--resume"):
             assert call(line, out) == 2 and word in one_line(capsys.readouterr().err)
     time.sleep(delay or 0)
@@ -1622,40 +1409,34 @@ def test_fault_interrupted_run_stops_cleanly(signum, send, delay, processes, tmp
 
 
 def test_fault_main_process_killed_8_times(tmp_path):
-    out, rng, groups = tmp_path / "run", random.Random(3), []
+    out, rng, groups = tmp_path / "run", np.random.default_rng(3), []
     for kill in range(8):
         known, resume = iteration_of(out), " --resume" * out.is_dir()
         process = launch(f"{TINY} --iterations 9999 --processes {1 + kill // 6}{resume}", out)
-        if kill % 4 == 0:  # any moment: before the first checkpoint, in the start of the pool
-            time.sleep(rng.uniform(0.2, 1.0))
-        else:  # or in the iterations that follow the first
+        if kill % 4:  # in the iterations that follow the first
             wait_until(lambda: process.poll() is not None or iteration_of(out) > known)
-            time.sleep(rng.uniform(0, 0.1))
+        # or at any moment: before the first checkpoint, in the start of the pool
+        time.sleep(rng.uniform(0, 0.1) if kill % 4 else rng.uniform(0.2, 1.0))
         assert process.poll() is None, process.stderr.read()
         process.kill()
+        process.wait()
         groups.append(process.pid)
-        wait_until(lambda: process.poll() is not None)
     n = esmeta.load_checkpoint(out)[1].iteration + 2
     assert undisturbed(out, n) == undisturbed(tmp_path / "quiet", n)
-    assert [row.split(",")[0] for row in log_rows(out)] == [str(i) for i in range(n)]
     wait_until(lambda: not any(map(group, groups)))  # orphaned workers end by themselves
 
 
-@pytest.mark.parametrize("writes", [None, 0, 1, 2, 4])
+@pytest.mark.parametrize("writes", [0, 1, 2, 4])
 def test_fault_full_disk(writes, copy, tmp_path, monkeypatch, capsys):
-    """After some writes no byte more; None: /dev/full says so to the first of a checkpoint."""
-    left, fsync, before = itertools.count(-(writes or 0)), os.fsync, bits(copy)
+    left, before = [None] * writes, bits(copy)
 
-    def full(fileno):
-        if next(left) >= 0:
+    def fsync(fileno):
+        if not left:
             raise OSError(28, "No space left on device")
-        fsync(fileno)
+        left.pop()
 
     with monkeypatch.context() as patch:
-        if writes is None:
-            (copy / "checkpoint.npz.tmp").symlink_to("/dev/full")
-        else:
-            patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", fsync)
         assert call(TINY + " --iterations 9 --processes 1 --resume", copy) == 1
     assert "No space left" in one_line(capsys.readouterr().err) and not list(copy.glob("*.tmp"))
     # four: room for config, log, checkpoint and the next iteration's checkpoint
@@ -1663,36 +1444,13 @@ def test_fault_full_disk(writes, copy, tmp_path, monkeypatch, capsys):
     assert undisturbed(copy, 7) == undisturbed(tmp_path / "quiet", 7)
 
 
-def test_fault_unwritable_directory(tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    (tmp_path / "run" / "checkpoint.npz.tmp").mkdir(parents=True)  # root may write everywhere else
-    for out in tmp_path / "file", tmp_path / "file/below", tmp_path / "run", "/proc/esmeta":
-        assert call(TINY, out) in (1, 2)
-        one_line(capsys.readouterr().err)
-    assert (tmp_path / "file").read_text() == "in the way"
-
-
-@pytest.mark.parametrize("line", [TINY, CHEETAH.replace("--workers 2", "--workers 4")])
-@pytest.mark.parametrize("broken", [dict(returns=np.array([0, math.nan, -math.inf])),
-                                    dict(fitness_critic=math.inf), {}])
-def test_fault_non_finite_fitness(line, broken, tmp_path, monkeypatch, capsys):
-    def broken_map(self, function, jobs, progress):
-        results = []
-        for config, meta, worker in jobs:
-            if worker in bad and not broken:  # its adaptation diverges
-                meta = meta._replace(sigma_critic=meta.sigma_critic * np.float32(1e30))
-            result = function(config, meta, worker)
-            results.append(result._replace(**broken) if worker in bad else result)
-        return results
-
+def test_fault_non_finite_fitness_is_told_and_ends_a_run(tmp_path, monkeypatch, capsys):
     out, bad = tmp_path / "run", [1]
-    monkeypatch.setattr(esmeta.Crew, "map", broken_map)
-    assert call(line + " --iterations 2", out) == 0  # one worker: counted, not fatal
+    monkeypatch.setattr(esmeta.Crew, "map", lambda self, *args: InProcess(bad).map(*args))
+    assert call(TINY + " --iterations 2", out) == 0
     assert capsys.readouterr().out.count(" failed 1 ") == 2
-    assert all(np.isfinite(value).all() for value in esmeta.load_checkpoint(out)[1])
-    assert all(math.isfinite(float(x)) for row in log_rows(out) for x in row.split(","))
     before, bad = bits(out), range(4)
-    assert call(line + " --iterations 4 --resume", out) == 1  # all: the end
+    assert call(TINY + " --iterations 4 --resume", out) == 1  # all workers: the end
     assert "finite" in one_line(capsys.readouterr().err) and bits(out) == before
 
 
@@ -1727,12 +1485,11 @@ BEYOND = [f"--{name.replace('_', '-')} {value}" for name, field in FIELDS.items(
 
 @pytest.mark.parametrize("line", [
     *BEYOND, "--task walker", "--task ''", "--task", "--workers 1e3", "--rollouts 5", "--seed 1.5",
-    "--iterations -1", "--iterations x", "--processes 0", "--processes -1", "--processes 1000000",
-    "--processes x", "--updates -1", "--updates x", "--updates 3", "--pool cloud", "--pool",
-    "--horizon 0", "--iter 3", "--out", "--out ''", "--out file", "--out run", "walker",
-    "--ray-address 127.0.0.1:6379", "--resume --out missing", "--resume --out file",
-    "--resume --out folder", "--eval", "--eval missing", "--eval none", "--eval file",
-    "--eval folder", "--eval folder/checkpoint.npz", "--eval run --updates -1",
+    "--iterations -1", "--processes 0", "--processes 1000000", "--updates -1", "--updates 3",
+    "--pool cloud", "--pool", "--horizon 0", "--iter 3", "--out", "--out ''", "--out file",
+    "--out run", "walker", "--ray-address 127.0.0.1:6379", "--resume --out missing",
+    "--resume --out file", "--resume --out folder", "--eval", "--eval missing", "--eval none",
+    "--eval file", "--eval folder", "--eval folder/checkpoint.npz", "--eval run --updates -1",
     "--eval run --processes 0", "--eval run --seed 3", "--eval run --actor-step 2",
     "--eval run --out new", "--eval run --paper", "--eval run --resume", "--eval run --pool ray",
     "--eval run --iterations 5"])
@@ -1746,15 +1503,11 @@ def test_input_is_refused_in_one_line_that_names_it(line, refused):
 @pytest.mark.parametrize("flags, word", [
     ("", "--resume"), ("--resume --seed 1", "seed"), ("--resume --workers 6", "workers"),
     ("--resume --rollouts 6", "rollouts"), ("--resume --paper", "paper"),
-    ("--resume --task cheetah_vel", "task"), ("--task ant_vell", "'ant_vel'")])
-def test_input_that_does_not_fit_the_run(flags, word, refused):
-    assert word in refused(f"{TINY} --out run {flags}")
-
-
-def test_input_pool_ray_without_ray(refused, monkeypatch):
+    ("--resume --task cheetah_vel", "task"), ("--task ant_vell", "'ant_vel'"),
+    ("--pool ray", "pip install"), ("--pool ray --ray-address auto", "pip install")])
+def test_input_that_does_not_fit_the_run_or_the_machine(flags, word, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    for flags in "--pool ray", "--pool ray --ray-address auto":
-        assert "pip install" in refused(f"{TINY} {flags} --out new")
+    assert word in refused(f"{TINY} --out run {flags}")
 
 
 def test_input_log_without_a_checkpoint_is_refused(copy, refused):
@@ -1763,15 +1516,11 @@ def test_input_log_without_a_checkpoint_is_refused(copy, refused):
         assert "log.csv" in refused(f"{TINY} --out run{flags}")
 
 
-def with_index(lines):
-    """As pandas saves a table again."""
-    return [f"{i - 1 if i else ''},{line}" for i, line in enumerate(lines)]
-
-
 @pytest.mark.parametrize("damage, wrong", [  # of the lines; the number of the first wrong one
-    (with_index, 1), (lambda x: [x[0], *with_index(x)[1:]], 2), (lambda x: x[1:], 1),
+    (lambda x: ["," + x[0], *x[1:]], 1), (lambda x: [x[0], *("0," + y for y in x[1:])], 2),
     (lambda x: [x[0].replace("critic_error", "error"), *x[1:]], 1), (lambda x: [], 1),
-    (lambda x: x[:2] + x[3:], 3), (lambda x: x[:2] + x[1:], 3), (lambda x: x[:-1], 5),
+    (lambda x: x[1:], 1), (lambda x: x[:2] + x[3:], 3), (lambda x: x[:2] + x[1:], 3),
+    (lambda x: x[:-1], 5),
     (lambda x: [x[0], x[2], x[1], *x[3:]], 2), (lambda x: [*x[:3], x[3] + x[4]], 4),
     (lambda x: [*x[:3], x[3].rpartition(",")[0], x[4]], 4), (lambda x: [*x[:3], "", *x[3:]], 4),
     (lambda x: [*x[:3], x[3].replace(",", ",x,", 1), x[4]], 4),
@@ -1800,7 +1549,6 @@ def test_input_other_package_versions_are_told(copy, monkeypatch, capsys):
         note = capsys.readouterr().err
         assert not error and note == "" or "bits" in one_line(note)
         assert not error or "2.71.828" in note and tasks.mujoco.__version__ in note
-    assert len(log_rows(copy)) == 5
 
 
 BROKEN = {  # changes of a checkpoint's arrays, None: left out, or of what its JSON string holds
@@ -1839,7 +1587,7 @@ def test_input_broken_checkpoint_is_refused(name, copy, refused):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_input_flipped_and_cut_checkpoints_load_equal_or_are_refused(run_of_4, data):
-    good = (run_of_4 / "checkpoint.npz").read_bytes()
+    good, path = (run_of_4 / "checkpoint.npz").read_bytes(), run_of_4.parent / "changed.npz"
     # most bytes are numbers, which a CRC guards: look more often at the headers around them
     near = st.sampled_from([at for at in range(len(good)) if good[at : at + 2] == b"PK"])
     place = st.integers(0, len(good) - 1) | st.tuples(near, st.integers(0, 250)).map(sum)
@@ -1848,20 +1596,16 @@ def test_input_flipped_and_cut_checkpoints_load_equal_or_are_refused(run_of_4, d
         changed[min(at, len(good) - 1)] ^= flip
     first, last = sorted(data.draw(st.just((0, 0)) | st.tuples(place, place)))
     del changed[first:last]
-    path = run_of_4.parent / "changed.npz"
     path.write_bytes(changed)
     try:
-        config, meta, *_ = esmeta.load_checkpoint(path)
+        loaded = esmeta.load_checkpoint(path)
     except ValueError as error:
         assert str(error).isprintable()
-        return
-    like_config, like, *_ = esmeta.load_checkpoint(run_of_4)
-    assert config == like_config
-    for value, expected in zip(meta, like):
-        np.testing.assert_array_equal(value, expected)
+    else:
+        np.testing.assert_equal(loaded[:2], esmeta.load_checkpoint(run_of_4)[:2])
 
 
-# ---- ray ---------------------------------------------------------------------------------------
+# ---- ray, scripts, launcher: skipped where ray, Pillow or matplotlib is not installed-----------
 
 
 @pytest.fixture
@@ -1871,23 +1615,24 @@ def ray():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("argument, environment, address, cpus", [
-    (None, None, None, 3), ("a:1", None, "a:1", None), ("a:1", "b:2", "a:1", None)])
-def test_ray_joins_a_running_cluster_with_no_cores_of_its_own(
-        argument, environment, address, cpus, monkeypatch):
+def test_ray_joins_a_running_cluster_with_no_cores_of_its_own(monkeypatch):
     fake = unittest.mock.MagicMock()
     fake.is_initialized.return_value = False
     for name in "ray", "ray.util", "ray.util.multiprocessing":
         monkeypatch.setitem(sys.modules, name, fake)
-    monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": environment} if environment else {})
-    esmeta.ray_pool(3, argument)
-    given = fake.init.call_args.kwargs  # Ray refuses num_cpus beside an address
-    assert (given["address"], given["num_cpus"]) == (address, cpus)
-    fake.Pool.assert_called_once_with(3)
+    for argument, environment, address, cpus in (
+            (None, {}, None, 3), (None, {"RAY_ADDRESS": "b:2"}, "b:2", None),
+            ("a:1", {"RAY_ADDRESS": "b:2"}, "a:1", None)):  # Ray refuses num_cpus beside one
+        monkeypatch.setattr(os, "environ", environment)
+        esmeta.ray_pool(3, argument)
+        given = fake.init.call_args.kwargs
+        assert (given["address"], given["num_cpus"]) == (address, cpus)
+        fake.Pool.assert_called_with(3)
 
 
 def test_ray_pool_gives_the_bits_of_the_local_one_and_no_alarm(ray, tmp_path):
-    for line, n in (TINY, 3), (CHEETAH, 1):
+    cheetah = TINY.replace("point_goal --workers 4", "cheetah_vel --workers 2")
+    for line, n in (TINY, 3), (cheetah, 1):
         process = launch(f"{line} --iterations {n} --processes 2 --pool ray", tmp_path / f"ray{n}")
         output, error = process.communicate(timeout=600)
         assert process.returncode == 0 and output.startswith(f"1/{n} "), error
@@ -1909,9 +1654,6 @@ def test_ray_actor_killed_in_an_iteration_changes_no_bit(ray, tmp_path, monkeypa
     assert killed and bits(tmp_path / "run") == undisturbed(tmp_path / "quiet", 3, SLOW)
 
 
-# ---- extras: skipped where Pillow or matplotlib is not installed -------------------------------
-
-
 def test_extra_scripts_draw_and_film(copy, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("PIL")
@@ -1921,56 +1663,39 @@ def test_extra_scripts_draw_and_film(copy, tmp_path):
     assert (copy / "training.png").stat().st_size and film.stat().st_size
 
 
-# ---- launcher ----------------------------------------------------------------------------------
+VENV = f"""#!/bin/sh
+[ "$2" = venv ] || exec {shlex.quote(sys.executable)} "$@"
+{shlex.quote(sys.executable)} -m venv --without-pip "$3"
+cd "$3"/lib/python3*/site-packages && : > pip.py
+"""
 
 
-@pytest.fixture
-def launcher(tmp_path, monkeypatch):
-    """A folder with run.sh, and on the PATH a python3 whose environments get an empty pip."""
-    home, bin_folder = tmp_path / "home", tmp_path / "bin"
-    home.mkdir()
-    bin_folder.mkdir()
-    (home / "run.sh").write_bytes((Path(tasks.__file__).parent / "run.sh").read_bytes())
-    (home / "run.sh").chmod(0o755)
+def test_launcher_uses_its_own_folder_and_makes_a_broken_environment_anew(tmp_path, monkeypatch):
+    """The python3 on the PATH makes environments with an empty pip."""
+    home, venv, python = tmp_path / "home", tmp_path / "home/.venv", tmp_path / "bin/python3"
+    for folder in home, python.parent, tmp_path / "links", tmp_path / "decoy/home":
+        folder.mkdir(parents=True)
+    shutil.copy(HERE / "run.sh", home)
     (home / "requirements.txt").touch()
     (home / "esmeta.py").write_text("import pip, sys; print(*sys.argv[1:])")
-    stub = bin_folder / "python3"
-    stub.write_text(f"""#!/bin/sh
-real={shlex.quote(sys.executable)}
-[ "$2" = venv ] || exec "$real" "$@"
-"$real" -m venv --without-pip "$3" && cd "$3"/lib/python3*/site-packages && : > pip.py
-""")
-    stub.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
-    return home
+    python.write_text(VENV)
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
 
+    def launches(script):
+        return subprocess.run([script, "a b", "c"], stdout=subprocess.PIPE).stdout == b"a b c\n"
 
-def check_launch(script):
-    ran = subprocess.run([script, "a b", "c"], capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout) == (0, "a b c\n"), ran.stderr
-
-
-def test_launcher_makes_a_broken_environment_anew(launcher):
-    venv = launcher / ".venv"
-    check_launch(launcher / "run.sh")
+    assert launches(home / "run.sh")
     (venv / "kept").touch()
-    check_launch(launcher / "run.sh")
-    assert (venv / "kept").exists()  # a sound one stays
-    [library] = venv.glob("lib/python3*")
-    library.rename(library.with_name("python3.1"))  # as if the system's Python had moved on
-    check_launch(launcher / "run.sh")
-    (venv / "bin/python").unlink()
-    (venv / "bin/python").symlink_to("/gone/python")
-    check_launch(launcher / "run.sh")
-
-
-def test_launcher_uses_its_own_folder(launcher, tmp_path, monkeypatch):
-    for folder in ("links", "decoy/home"):
-        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "links/second").symlink_to("../home/run.sh")
     (tmp_path / "first").symlink_to(tmp_path / "links/second")
-    check_launch("./first")
+    assert launches("./first")
     monkeypatch.setenv("CDPATH", str(tmp_path / "decoy"))  # where cd would go to home
-    check_launch("home/run.sh")
-    assert [path.parent.name for path in tmp_path.rglob(".venv")] == ["home"]
-    assert not list((tmp_path / "decoy/home").iterdir())
+    assert launches("home/run.sh") and (venv / "kept").exists()  # a sound one stays
+    assert [path.parent for path in tmp_path.rglob(".venv")] == [home]
+    [library] = venv.glob("lib/python3*")
+    library.rename(library.with_name("python3.1"))  # as if the system's Python had moved on
+    assert launches(home / "run.sh")
+    (venv / "bin/python").unlink()
+    (venv / "bin/python").symlink_to("/gone/python")
+    assert launches(home / "run.sh")

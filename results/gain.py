@@ -25,9 +25,9 @@ CASES = [  # run, variants
         "critic_updates=5", "critic_updates=24", "critic_updates=50", "batch=128", "batch=512",
         "critic_lr=0.0003", "critic_lr=0.01", "actor_step=1", "actor_step=2", "actor_step=5",
         "actor_step=10", "cycles=3", "cycles=3 actor_step=1.5"]),
-    ("cheetah_dir-seed0", ["actor_step=3", "actor_step=8"]),
-    ("ant_vel-seed0", ["actor_step=2", "actor_step=5"]),
-    ("ant_dir-seed0", ["actor_step=5", "actor_step=11"])]
+    ("cheetah_dir-seed1", [
+        "n_step=50 gamma=0.99", "critic_updates=24", "critic_updates=48", "actor_step=5",
+        "actor_step=10"])]
 
 
 def parse(variant):
