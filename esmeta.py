@@ -36,7 +36,6 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import argparse
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import io
 import json
@@ -59,14 +58,14 @@ import tasks
 # ---- settings: every default with its provenance --------------------------------------------
 
 
-def setting(group, default, source, text, low=None, high=None):
-    """A field of Config: its group in --help, default, where that comes from, help, range."""
-    return dataclasses.field(default=default, metadata={
-        "group": group, "source": source, "help": text, "low": low, "high": high})
+def settings_of(group):
+    """The function that makes a field of Config: default, where it comes from, help, range."""
+    return lambda default, source, text, low=None, high=None: dataclasses.field(
+        default=default, metadata=dict(group=group, source=source, help=text, low=low, high=high))
 
 
-run_, outer, explore, inner = (functools.partial(setting, group) for group in (
-    "run", "outer loop", "exploration", "inner loop"))
+GROUPS = ("run", "outer loop", "exploration", "inner loop")  # of --help
+run_, outer, explore, inner = map(settings_of, GROUPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +192,8 @@ def train(config, iterations=ITERATIONS, processes=None, out=None, resume=False,
           ray_address=None):
     """Algorithm 1 up to `iterations` in all, each a row of log.csv and a checkpoint: -> MetaState.
 
-    `out` is the run directory, by default runs/<task>-seed<N>. Of the arguments after config only
-    `iterations` changes the result. Raises ValueError for what cannot be, RuntimeError for a run
-    that cannot go on; the checkpoint of the last whole iteration stays.
+    `out` is by default runs/<task>-seed<N>. Only config and `iterations` change the result. Raises
+    ValueError for what cannot be, RuntimeError for a run that cannot go on.
     """
     if iterations < 0:
         raise ValueError(f"iterations must be at least 0, not {iterations}")
@@ -243,10 +241,10 @@ def iterate(config, meta, crew, progress=lambda done: None):
 def evaluate_worker(config, meta, worker):
     """The body of Algorithm 1's loop over workers, its tasks side by side: -> Result."""
     k, dims, bonus = config.rollouts, task_dims(config.task), config.alive_bonus
+    mu, sigma, normalise = meta.mu_actor, meta.sigma_actor, make_normaliser(meta, config)
     rng = generator(WORKER, config.seed, meta.iteration, worker)
-    normalise = make_normaliser(meta, config)
     goals = sample_tasks(config, meta.iteration, worker)  # (G, ..)
-    theta, starts = sample_explorers(meta.mu_actor, meta.sigma_actor, config, rng)  # (K, P), (K,)
+    theta, starts = sample_explorers(mu, sigma, config, rng)  # (K, P), (K,)
     theta_bar = theta.mean(axis=0)  # (P,)
     eps = rng.standard_normal(len(meta.mu_critic), np.float32)
     phi = meta.mu_critic + meta.sigma_critic * eps  # (P_c,) ~ N(mu_c, sigma_c^2)
@@ -255,16 +253,15 @@ def evaluate_worker(config, meta, worker):
                   normalise)
     scored = [run.score(goal, bonus) for goal in goals]
     value = state_values(theta_bar, phi, run.obs[:, :k], dims)  # (H + 1, K)
-    adapted = [adapt(theta_bar, phi, data.part(slice(k)), meta.sigma_actor, config, dims, rng,
-                     value) for data in scored]
+    adapted = [adapt(theta_bar, phi, data.part(slice(k)), sigma, config, dims, rng, value)
+               for data in scored]
     move = np.stack([actor for actor, _ in adapted]) - theta_bar  # (G, P)
     explored = np.array([data.returns() for data in scored])[:, :k]  # (G, K)
     tests, task, fitness = evaluate_adapted(
         theta, theta_bar, move, explored, goals, normalise, config, rng)
     errors = [critic_error(*adapted[g], tests.part(task == g), config, dims)
               for g in np.unique(task)]
-    d_mu, d_sigma = nes_gradient(theta, fitness.astype(theta.dtype), meta.mu_actor,
-                                 meta.sigma_actor)
+    d_mu, d_sigma = nes_gradient(theta, fitness.astype(theta.dtype), mu, sigma)
     paid = np.array([data.returns(bonus) for data in scored])  # (G, K + 1)
     returns = np.array([paid[:, k].mean(), paid[:, :k].mean(), tests.returns(bonus).mean()])
     lived = np.any([data.valid for data in scored], axis=0)  # (H, K + 1)
@@ -566,8 +563,7 @@ def affine_gradient(x, d_z):
 def actor_forward(theta, obs, dims):
     """The policy a = tanh(W3 relu(W2 relu(W1 s))), biases everywhere.
 
-    theta (P,), obs (B, obs) -> action (B, act), cache; or K actors at once: theta (K, P),
-    obs (K, B, obs) -> action (K, B, act), cache.
+    theta (P,), obs (B, obs) -> action (B, act), cache; or all three with an axis of actors first.
     """
     w1, w2, w3 = unpack(theta, actor_shapes(dims))
     x1 = np.maximum(affine(obs, w1), 0)
@@ -617,19 +613,16 @@ class Run(NamedTuple):
     action: np.ndarray  # (H, N, act)
     raw: np.ndarray  # (H + 1, N, obs), float64
     velocity: np.ndarray  # (H, N), m/s
-    broken: bool  # the simulation diverged somewhere
+    broken: np.ndarray  # (N,): the simulation diverged, so there is no return
 
     def score(self, goal, bonus=0.0):
-        """Trajectories under `goal` (N, ..) or (..), a living step worth `bonus` more.
-
-        A broken simulation has NaN returns.
-        """
+        """Trajectories under `goal` (N, ..) or (..), a living step worth `bonus` more."""
         reward, terminated = tasks.outcomes(self.task, self.raw[1:], self.action, self.velocity,
                                             goal)
         valid = np.ones_like(terminated)
         valid[1:] = ~np.logical_or.accumulate(terminated)[:-1]
-        reward = np.full_like(reward, np.nan) if self.broken else reward + bonus
-        return Trajectories(self.obs, self.action, reward.astype(self.obs.dtype), terminated, valid)
+        reward = np.where(self.broken, np.nan, reward + bonus).astype(self.obs.dtype)
+        return Trajectories(self.obs, self.action, reward, terminated, valid)
 
 
 def rollout(task, theta, starts, normalise):
@@ -639,20 +632,16 @@ def rollout(task, theta, starts, normalise):
     env = tasks.make_vec(task, n, freeze=tasks.TASKS[task].model is not None)
     raw = np.empty((horizon + 1, n, dims.obs))
     obs = np.empty((horizon + 1, n, dims.obs), theta.dtype)
-    action, velocity = np.zeros((horizon, n, dims.act), theta.dtype), np.zeros((horizon, n))
-    goal = np.zeros((n, *tasks.TASKS[task].goal_shape))  # any: the dynamics see none
-    raw[0], _ = env.reset(seed=[int(seed) for seed in starts], options={"goal": goal})
+    action, velocity = np.empty((horizon, n, dims.act), theta.dtype), np.empty((horizon, n))
+    raw[0], _ = env.reset(seed=[int(seed) for seed in starts])
     obs[0] = normalise(raw[0])
     for t in range(horizon):
         a, _ = actor_forward(theta, obs[t].reshape(len(theta), -1, dims.obs), dims)
         action[t] = a.reshape(n, dims.act)
-        going = env.advance(action[t], raw[t + 1])
+        env.advance(action[t], raw[t + 1])
         obs[t + 1] = normalise(raw[t + 1])
         velocity[t] = env.velocity()
-        if not going:
-            raw[t + 2 :], obs[t + 2 :] = raw[t + 1], obs[t + 1]
-            break
-    return Run(task, obs, action, raw, velocity, bool(env.unstable().any()))
+    return Run(task, obs, action, raw, velocity, env.unstable())
 
 
 def make_normaliser(meta, config):
@@ -714,10 +703,10 @@ class Crew(contextlib.AbstractContextManager):
 
     def attempt(self, function, jobs, progress):
         """The results, or None where a process died, for whose job a Pool would wait for ever."""
-        handles = [self.pool.apply_async(function, job) for job in jobs]
-        waiting = [None, *handles]  # one more than there are: all are yet to be shown
+        waiting = handles = [self.pool.apply_async(function, job) for job in jobs]
         while waiting:
             self.stop_if_asked()
+            waiting[0].wait(0.05)
             before, waiting = len(waiting), [handle for handle in handles if not handle.ready()]
             if len(waiting) < before:
                 progress(len(jobs) - len(waiting))
@@ -725,8 +714,6 @@ class Crew(contextlib.AbstractContextManager):
                 if self.started.is_set():
                     return None
                 raise RuntimeError(NO_GUARD)
-            if waiting:
-                waiting[0].wait(0.05)
         with contextlib.suppress(*self.lost_errors):
             return [handle.get() for handle in handles]
 
@@ -765,9 +752,10 @@ class Crew(contextlib.AbstractContextManager):
             ending = threading.Thread(target=pool.terminate, daemon=True)
             ending.start()
             ending.join(0.5)
-            for member in (member for member in self.members if member.pid is not None):
-                member.kill()
-                member.join(5)
+            for member in self.members:
+                if member.pid is not None:  # it was started
+                    member.kill()
+                    member.join(5)
 
 
 def ray_pool(processes, address=None):
@@ -790,10 +778,7 @@ PACKAGES = {p.__name__: p.__version__ for p in (np, tasks.mujoco, tasks.gymnasiu
 
 @contextlib.contextmanager
 def open_run(out, config, resume):
-    """Hold a run directory for this process alone: -> the state to go on from, log.csv cut to it.
-
-    Raises ValueError, and has touched nothing, where it is not the run that is meant.
-    """
+    """Hold a run directory for this process alone, cut its log.csv: -> the state to go on from."""
     log, checkpoint = out / "log.csv", out / "checkpoint.npz"
     if out.exists() and not out.is_dir() or resume and not out.exists():
         raise ValueError(f"{out} is no run directory")
@@ -809,7 +794,7 @@ def open_run(out, config, resume):
         except BlockingIOError:
             raise ValueError(f"another process is training in {out}") from None
         meta = load_run(checkpoint, config) if checkpoint.exists() else initial_state(config)
-        rows = read_log(log, meta.iteration)
+        rows = read_log(log, meta.iteration)  # all that may refuse; what follows writes
         replace_file(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
         replace_file(log, "".join([csv_line(LOG_COLUMNS), *rows]).encode())
         save_checkpoint(checkpoint, config, meta)
@@ -819,10 +804,9 @@ def open_run(out, config, resume):
 def load_run(path, config):
     """The state in a checkpoint of this config; a note where packages are of another version."""
     stored, meta, packages = load_checkpoint(path)
-    for name, value in dataclasses.asdict(config).items():
-        if getattr(stored, name) != value:
-            raise ValueError(f"{path.parent} was trained with {name} {getattr(stored, name)!r}, "
-                             f"not {value!r}")
+    for name, value in dataclasses.asdict(stored).items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{path.parent} was trained with another {name}, {value!r}")
     if packages != PACKAGES:
         print(f"esmeta: note: bits may differ: trained with {packages}, goes on with {PACKAGES}",
               file=sys.stderr)
@@ -869,10 +853,7 @@ def save_checkpoint(path, config, meta):
 
 
 def load_checkpoint(path):
-    """Config, MetaState and package versions of a checkpoint, or of the run directory of one.
-
-    Raises ValueError, in one line, for anything but a whole checkpoint of this version.
-    """
+    """Config, MetaState, package versions of a checkpoint or run directory; else ValueError."""
     path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
@@ -886,10 +867,9 @@ def load_checkpoint(path):
         for name, like in initial_state(config)._asdict().items():
             value, like = getattr(meta, name), np.asarray(like)
             low = {"s": 1e-6, "i": 0, "e": 0}.get(name[0], -np.inf)  # sigma, iteration, env_steps
-            if (value.shape, value.dtype) != (like.shape, like.dtype):
-                raise ValueError(f"{name} is {value.dtype} {value.shape}")
-            if not (np.isfinite(value) & (value >= low)).all():
-                raise ValueError(f"{name} holds a number that no run writes")
+            alike = (value.shape, value.dtype) == (like.shape, like.dtype)
+            if not (alike and (np.isfinite(value) & (value >= low)).all()):
+                raise ValueError(f"{name} is not what a run writes")
     except Exception as error:  # zipfile, zlib, numpy and json have many for broken bytes
         raise ValueError(f"{path} is no checkpoint of esmeta: {error!s:.200}") from None
     meta = meta._replace(iteration=int(meta.iteration), env_steps=int(meta.env_steps))
@@ -897,10 +877,7 @@ def load_checkpoint(path):
 
 
 def adaptations(config, meta, goal, index, updates, seed):
-    """The actor (P,) before and after each update on the goal of that index: a generator.
-
-    An update runs K fresh explorers around the current actor and adapts their mean.
-    """
+    """The actor (P,) before and after each update on the goal of that index: a generator."""
     normalise, actor, phi = make_normaliser(meta, config), meta.mu_actor, meta.mu_critic
     yield actor
     for update in range(updates):
@@ -915,12 +892,9 @@ def adaptations(config, meta, goal, index, updates, seed):
 
 
 def evaluate_goal(config, meta, goal, index, updates, seed):
-    """Mean returns of EVAL_ROLLOUTS episodes before and after each of U updates: -> (U + 1,).
-
-    The episodes start alike for all goals and updates.
-    """
-    starts = generator(EVAL, seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)
+    """Mean returns of EVAL_ROLLOUTS episodes before and after each of U updates: -> (U + 1,)."""
     normalise = make_normaliser(meta, config)
+    starts = generator(EVAL, seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)  # for all goals
     return np.array([
         rollout(config.task, actor[None], starts, normalise).score(goal).returns().mean()
         for actor in adaptations(config, meta, goal, index, updates, seed)])
@@ -937,7 +911,7 @@ def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
     rollouts = task.rollouts if rollouts is None else rollouts
     config = check_config(dataclasses.replace(config, rollouts=rollouts))
     goals = tasks.test_goals(config.task) if goals is None else np.asarray(goals, float)
-    if goals.ndim == 0 or goals.size == 0 or goals.shape[1:] != task.goal_shape or updates < 0:
+    if 0 in (goals.ndim, goals.size) or goals.shape[1:] != task.goal_shape or updates < 0:
         raise ValueError(f"goals must have shape {('n', *task.goal_shape)}, updates be at least 0, "
                          f"not {goals.shape}, {updates}".replace("'", ""))
     jobs = [(config, meta, goal, i, updates, seed) for i, goal in enumerate(goals)]
@@ -945,7 +919,7 @@ def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
         return np.array(crew.map(evaluate_goal, jobs, progress_bar(len(jobs)))).T
 
 
-def report_eval(path, updates, processes, rollouts=None):
+def report_eval(path, updates=1, processes=None, rollouts=None):
     """Meta-test, write eval.csv (eval-K<rollouts>.csv) beside the checkpoint, print the means."""
     name = load_checkpoint(path)[0].task
     goals, returns = tasks.test_goals(name), meta_test(path, None, updates, 0, processes, rollouts)
@@ -965,10 +939,7 @@ def report_eval(path, updates, processes, rollouts=None):
 
 
 def say(text, passing=False):
-    """Print a text; a passing line on a terminal only, where the next one overwrites it.
-
-    Standard output may be closed: a reader that has gone is no error.
-    """
+    """Print a text; a passing line on a terminal only, where the next one overwrites it."""
     terminal = getattr(sys.stdout, "isatty", lambda: False)()
     if terminal:
         width = shutil.get_terminal_size().columns - 1
@@ -976,7 +947,7 @@ def say(text, passing=False):
     try:
         if terminal or not passing:
             print(text, end="" if passing else "\n", flush=True)
-    except BrokenPipeError:
+    except BrokenPipeError:  # a reader that has gone is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -1005,47 +976,42 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser():
     """The command line: a flag for every field of Config, generated from it, and a few more."""
-    parser = OneLineParser("esmeta.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    groups = {field.metadata["group"]: None for field in dataclasses.fields(Config)}
-    groups = {name: parser.add_argument_group(name).add_argument for name in groups}
+    parser = OneLineParser("esmeta.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                           argument_default=argparse.SUPPRESS)  # what is not given is not there
+    groups = {name: parser.add_argument_group(name).add_argument for name in GROUPS}
     for field in dataclasses.fields(Config):
-        kind = type(field.default)
-        own = [f"{t} {s[field.name]}" for t, s in TASK_SETTINGS.items() if field.name in s]
-        groups[field.metadata["group"]](
-            "--" + field.name.replace("_", "-"), default=None,
+        name, kind, about = field.name, type(field.default), field.metadata
+        own = "".join(f"; {task} {x[name]}" for task, x in TASK_SETTINGS.items() if name in x)
+        groups[about["group"]](
+            "--" + name.replace("_", "-"),
             **(dict(action="store_true") if kind is bool else dict(type=kind)),
-            help=f"{field.metadata['help']} (default {'; '.join([str(field.default), *own])}) "
-                 f"({field.metadata['source']})")
+            help=f"{about['help']} (default {field.default}{own}) ({about['source']})")
     add = groups["run"]
-    add("--iterations", type=int, default=ITERATIONS,
-        help=f"in all, also after --resume (default {ITERATIONS})")
+    add("--iterations", type=int, help=f"in all (default {ITERATIONS})")
     add("--processes", type=int, help="worker processes (default: the cores)")
     add("--out", help="run directory (default runs/<task>-seed<N>)")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--pool", choices=("local", "ray"), default="local", help="of workers (default local)")
+    add("--pool", choices=("local", "ray"), help="of workers (default local)")
     add("--ray-address", help="default: RAY_ADDRESS, or local")
-    add("--eval", metavar="PATH", help="meta-test a checkpoint or run directory; --rollouts: with "
-        "another K than MAML's")
-    add("--updates", type=int, default=1, help="adaptations in --eval (default 1)")
+    add("--eval", metavar="PATH", help="meta-test a run, with MAML's K or that of --rollouts")
+    add("--updates", type=int, help="adaptations in --eval (default 1)")
     return parser
 
 
 def run(argv):
     """Do what the command line says; ValueError for what it should not say."""
-    parser = make_parser()
-    args = vars(parser.parse_args(argv))
-    given = {name: value for name, value in args.items() if value != parser.get_default(name)}
-    if not 0 <= args["updates"] <= 10_000 or "updates" in given and "eval" not in given:
-        raise ValueError(f"--updates must be from 0 to 10000, and beside --eval: {args['updates']}")
-    if args["out"] == "":
-        raise ValueError("--out must be a directory, not ''")
+    given = vars(make_parser().parse_args(argv))
     if "eval" in given:
         if wrong := given.keys() - {"eval", "updates", "rollouts", "processes"}:
             raise ValueError(f"--eval takes no --{min(wrong).replace('_', '-')}")
-        return report_eval(args["eval"], args["updates"], args["processes"], args["rollouts"])
-    names = {field.name for field in dataclasses.fields(Config)}
-    config = make_config(**{"task": Config.task, **{n: given[n] for n in given if n in names}})
-    train(config, **{n: given[n] for n in given if n not in names})
+        return report_eval(given.pop("eval"), **given)
+    if "updates" in given:
+        raise ValueError("--updates needs --eval")
+    if given.get("out") == "":
+        raise ValueError("--out must be a directory, not ''")
+    settings = {field.name for field in dataclasses.fields(Config)} & given.keys()
+    config = make_config(**{"task": Config.task, **{name: given.pop(name) for name in settings}})
+    train(config, **given)
 
 
 def main(argv=None):
