@@ -26,7 +26,7 @@ CASES = [  # run, variants
         "critic_lr=0.0003", "critic_lr=0.01", "actor_step=1", "actor_step=2", "actor_step=5",
         "actor_step=10", "cycles=3", "cycles=3 actor_step=1.5"]),
     ("cheetah_dir-seed1", [
-        "n_step=50 gamma=0.99", "critic_updates=24", "critic_updates=48", "actor_step=5",
+        "n_step=50 gamma=0.99", "critic_updates=12", "critic_updates=24", "actor_step=5",
         "actor_step=10"])]
 
 
