@@ -271,7 +271,7 @@ class GoalVectorEnv(VectorEnv):
     def advance(self, action, out):
         """`step` for those who score later, by `outcomes`: the observation goes to `out`.
 
-        action (num_envs, act), out (num_envs, obs) -> False once all have terminated (`freeze`).
+        action (num_envs, act), out (num_envs, obs); with `freeze`, what has terminated stays.
         """
         self._ctrl[:] = np.minimum(np.maximum(action, -1.0), 1.0)  # half of np.clip's time
         if self.batch is None:
@@ -282,7 +282,6 @@ class GoalVectorEnv(VectorEnv):
         self._observe(out)
         if self.freeze:
             self._alive = ~(self.unstable() | self.task.is_terminal(out, self.goal))
-        return np.count_nonzero(self._alive) > 0
 
     def velocity(self):
         """Velocity of the centre of mass along x in m/s, (num_envs,), a view; the point's is 0."""
