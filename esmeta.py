@@ -36,13 +36,12 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import io
 import json
 import math
 import multiprocessing
-import re
-import shutil
 import signal
 import sys
 import threading
@@ -96,6 +95,19 @@ class Config:
     critic_lr: float = inner(3e-3, "ours", "Adam rate of the critic", 0, 10)
     actor_step: float = inner(4.5, "ours", "sigmas of the actor's step; --paper: Adam rate", 0, 1e6)
 
+    def __post_init__(self):
+        """Raise ValueError, one line, for a field that is not of its type or makes no sense."""
+        for field in dataclasses.fields(self):
+            value, kind, limits = getattr(self, field.name), type(field.default), field.metadata
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{field.name} must be a {kind.__name__}, not {value!r}")
+            if limits["low"] is not None and not limits["low"] <= value <= limits["high"]:
+                raise ValueError(f"{field.name} must be from {limits['low']:g} to "
+                                 f"{limits['high']:g}, not {value!r}")
+        tasks.find_task(self.task)
+        if self.rollouts % 2:
+            raise ValueError(f"rollouts must be even, as mirrored pairs are, not {self.rollouts}")
+
 
 ANT = dict(tests=2, lr_mu_actor=102.0, half_life=100.0, weight_decay=0.012)
 TASK_SETTINGS = {  # (ours)
@@ -121,21 +133,6 @@ def make_config(task, paper=False, **explicit):
     k = tasks.find_task(task).rollouts  # 40 on ant_dir, whose training takes 20 otherwise (ours)
     return Config(task=task, paper=paper, **{
         **TASK_SETTINGS.get(task, {}), **(dict(PAPER, rollouts=k) if paper else {}), **explicit})
-
-
-def check_config(config):
-    """The config, if every field is of its type and makes sense; else ValueError in one line."""
-    for field in dataclasses.fields(config):
-        value, kind, limits = getattr(config, field.name), type(field.default), field.metadata
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{field.name} must be a {kind.__name__}, not {value!r}")
-        if limits["low"] is not None and not limits["low"] <= value <= limits["high"]:
-            raise ValueError(f"{field.name} must be from {limits['low']:g} to {limits['high']:g}, "
-                             f"not {value!r}")
-    tasks.find_task(config.task)
-    if config.rollouts % 2:
-        raise ValueError(f"rollouts must be even, as mirrored pairs are, not {config.rollouts}")
-    return config
 
 
 INIT, GOALS, WORKER, EVAL = range(4)  # kinds of work, of a generator's key
@@ -188,8 +185,7 @@ def initial_state(config):
                      np.zeros_like(mu_actor), np.zeros((3, dims.obs)), 0, 0)
 
 
-def train(config, iterations=ITERATIONS, processes=None, out=None, resume=False, pool="local",
-          ray_address=None):
+def train(config, iterations=ITERATIONS, processes=None, out=None, resume=False, pool="local"):
     """Algorithm 1 up to `iterations` in all, each a row of log.csv and a checkpoint: -> MetaState.
 
     `out` is by default runs/<task>-seed<N>. Only config and `iterations` change the result. Raises
@@ -197,30 +193,27 @@ def train(config, iterations=ITERATIONS, processes=None, out=None, resume=False,
     """
     if iterations < 0:
         raise ValueError(f"iterations must be at least 0, not {iterations}")
-    config = check_config(config)
     out = Path(out or f"runs/{config.task}-seed{config.seed}")
-    with Crew(processes, pool, ray_address) as crew, open_run(out, config, resume) as meta:
-        before = "" if meta.iteration < iterations else " before"
+    with Crew(processes, pool) as crew, open_run(out, config, resume) as meta:
         while meta.iteration < iterations:
             begin = time.monotonic()
-            meta, row, failed = iterate(config, meta, crew, progress_bar(config.workers))
+            meta, row, failed = iterate(config, meta, crew)
             row["seconds"] = time.monotonic() - begin
             with open(out / "log.csv", "a") as log:  # a resume drops rows after the checkpoint's
                 log.write(csv_line(row.values()))
             save_checkpoint(out / "checkpoint.npz", config, meta)
             say(status_line(row, iterations, failed))
-    say(f"finished{before}: {meta.iteration} iterations in {out}; "
-        f"meta-test: ./run.sh --eval {out} --updates 3")
+    say(f"{out} has {meta.iteration} iterations; meta-test: ./run.sh --eval {out} --updates 3")
     return meta
 
 
-def iterate(config, meta, crew, progress=lambda done: None):
+def iterate(config, meta, crew):
     """One turn of Algorithm 1's outer loop: -> MetaState, row of log.csv, number of workers failed.
 
     Raises RuntimeError where all of them failed, or where mu or sigma is finite no more.
     """
     jobs = [(config, meta, worker) for worker in range(config.workers)]
-    results = crew.map(evaluate_worker, jobs, progress)
+    results = crew.map(evaluate_worker, jobs)
     fine = [r for r in results if math.isfinite(r.returns.sum() + r.fitness_critic)]
     if not fine:
         raise RuntimeError(f"iteration {meta.iteration}: no worker has a finite fitness")
@@ -349,9 +342,9 @@ def ascend(d_mu, d_sigma, sigma, k, lr_mu, lr_sigma, config):
     """A step of mu and the next sigma, in [1e-5, 1], by plain SGD: all (P,)."""
     if config.paper:  # Eq. 10 as it is
         step, sigma = lr_mu * d_mu, sigma + lr_sigma * d_sigma
-    else:  # over its Fisher matrix: steps in sigmas
-        d_mu, d_log_sigma = natural_gradient(d_mu, d_sigma, sigma, k)
-        step, sigma = lr_mu * d_mu, sigma * np.exp(lr_sigma * d_log_sigma)
+    else:  # over its Fisher matrix, K / sigma^2 for mu and 2 K for log sigma
+        step = lr_mu * (d_mu * sigma**2 / k)
+        sigma = sigma * np.exp(lr_sigma * (d_sigma * sigma / (2 * k)))
     return step, np.clip(sigma, 1e-5, 1.0)
 
 
@@ -378,11 +371,6 @@ def nes_gradient(theta, fitness, mu, sigma):
     d_sigma = (F @ (d**2 - sigma**2))[..., 0, :] / sigma**3  # Eq. 10, sum over j
     workers = tuple(range(theta.ndim - 2))
     return d_mu.mean(axis=workers), d_sigma.mean(axis=workers)
-
-
-def natural_gradient(d_mu, d_sigma, sigma, k):
-    """Eq. 10 over its Fisher matrix, K / sigma^2 for mu and 2 K for log sigma: all (P,)."""
-    return d_mu * sigma**2 / k, d_sigma * sigma / (2 * k)
 
 
 def centred_ranks(fitness):
@@ -657,89 +645,70 @@ def make_normaliser(meta, config):
 # ---- what runs it: processes, run directory, meta-test, command line -------------------------
 
 SIGNALS = []  # that came to main; read where it waits for its workers, so nothing is cut in half
-NO_GUARD = ("the workers died at their start: a script that trains must be a file, and do it under "
-            "`if __name__ == \"__main__\":`")
 
 
 class Crew(contextlib.AbstractContextManager):
     """Worker processes: a multiprocessing.Pool, here or Ray's; one process is this one."""
 
-    def __init__(self, processes=None, kind="local", address=None):
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise SystemExit(1)  # a worker that imports a script; the main process says NO_GUARD
-        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # Linux only
-        self.processes = len(affinity(0)) if processes is None else processes
-        self.kind, self.address, self.pool = kind, address, None
+    def __init__(self, processes=None, kind="local"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.processes = cores if processes is None else processes
+        self.kind, self.pool = kind, None
         if not 1 <= self.processes <= 4096 or kind not in ("local", "ray"):
             raise ValueError("processes must be from 1 to 4096, pool local or ray, not "
                              f"{processes}, {kind!r}")
-        if address is not None and kind != "ray":
-            raise ValueError("--ray-address needs --pool ray")
         if kind == "ray" and importlib.util.find_spec("ray") is None:
             raise ValueError("--pool ray needs ray: pip install ray")
 
-    def map(self, function, jobs, progress=lambda done: None):
+    def map(self, function, jobs):
         """[function(*job) for job in jobs], all again where a process died, three times at most."""
         n, results = min(self.processes, len(jobs)), []
         if n <= 1 and self.kind == "local":
             for job in jobs:
-                self.stop_if_asked()
+                show_progress(len(results), len(jobs))
                 results.append(function(*job))
-                progress(len(results))
             return results
         for _ in range(3):
             if self.pool is None:
                 self.open(n)
-            results = self.attempt(function, jobs, progress)
+            results = self.attempt(function, jobs)
             if results is not None:
                 return results
             self.__exit__()
-        raise RuntimeError("a worker process died in each of three attempts at one iteration")
+        raise RuntimeError("a worker process died in each of three attempts at one iteration "
+                           "(a script must train under `if __name__ == \"__main__\":`)")
 
-    def stop_if_asked(self):
-        """Leave by SystemExit, so that every `with` cleans up, where a signal has come."""
-        if SIGNALS:
-            raise SystemExit(128 + SIGNALS[0])
-
-    def attempt(self, function, jobs, progress):
+    def attempt(self, function, jobs):
         """The results, or None where a process died, for whose job a Pool would wait for ever."""
-        waiting = handles = [self.pool.apply_async(function, job) for job in jobs]
-        while waiting:
-            self.stop_if_asked()
+        handles = [self.pool.apply_async(function, job) for job in jobs]
+        while waiting := [handle for handle in handles if not handle.ready()]:
+            show_progress(len(jobs) - len(waiting), len(jobs))
+            if any(member.exitcode is not None for member in self.members):
+                return None
             waiting[0].wait(0.05)
-            before, waiting = len(waiting), [handle for handle in handles if not handle.ready()]
-            if len(waiting) < before:
-                progress(len(jobs) - len(waiting))
-            if waiting and any(member.exitcode is not None for member in self.members):
-                if self.started.is_set():
-                    return None
-                raise RuntimeError(NO_GUARD)
         with contextlib.suppress(*self.lost_errors):
             return [handle.get() for handle in handles]
 
     def open(self, n):
-        """Start a pool of n processes, and list the processes that it starts."""
-        self.members, self.lost_errors = [], ()
-        if self.kind == "ray":
-            self.pool, self.lost_errors = ray_pool(n, self.address)
+        """Start a pool of n processes, and note which they are."""
+        if self.kind == "ray":  # its Pool has the same API
+            import ray
+            from ray.util.multiprocessing import Pool
+
+            if not ray.is_initialized():  # RAY_ADDRESS names a running cluster: it has its cores
+                ray.init(num_cpus=None if os.environ.get("RAY_ADDRESS") else n, log_to_driver=False,
+                         runtime_env={"working_dir": str(Path(__file__).parent),
+                                      "excludes": ["runs", ".venv", ".git", "results"]})
+            self.pool, self.members, self.lost_errors = Pool(n), (), (ray.exceptions.RayActorError,)
             return
-        if getattr(sys.modules["__main__"], "__file__", "") == "<stdin>":
-            raise RuntimeError(NO_GUARD)  # which workers would look for as a file
-
-        def process(*args, **options):
-            self.members.append(multiprocessing.context.SpawnProcess(*args, **options))
-            return self.members[-1]
-
         # workers never draw: else each starts a process that looks for glfw, and may outlive it
         os.environ.setdefault("MUJOCO_GL", "off")
-        context = multiprocessing.context.SpawnContext()  # a fork would copy locks and threads
-        context.Process, self.started = process, context.Event()
-        if masks := hasattr(signal, "pthread_sigmask"):  # not on Windows
-            resource_tracker.ensure_running()  # its start would unblock the signal again
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        self.pool = context.Pool(n, self.started.set)  # inherits the mask: workers hear no Ctrl-C
-        if masks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks and threads
+        resource_tracker.ensure_running()  # its start would unblock the signal again
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        self.pool = context.Pool(n)  # inherits the mask: workers hear no Ctrl-C
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self.members, self.lost_errors = [*self.pool._pool], ()  # Pool lists them nowhere else
 
     def __exit__(self, *_):
         """End the pool and what it started, in whatever state; Ray's may finish what they do."""
@@ -752,28 +721,9 @@ class Crew(contextlib.AbstractContextManager):
             ending = threading.Thread(target=pool.terminate, daemon=True)
             ending.start()
             ending.join(0.5)
-            for member in self.members:
-                if member.pid is not None:  # it was started
-                    member.kill()
-                    member.join(5)
-
-
-def ray_pool(processes, address=None):
-    """Ray's Pool, which has the same API, and the errors of its lost workers: -> Pool, (error,)."""
-    import ray
-    from ray.util.multiprocessing import Pool
-
-    if not ray.is_initialized():
-        address = address or os.environ.get("RAY_ADDRESS")
-        folder = {"working_dir": str(Path(__file__).parent),
-                  "excludes": ["runs", ".venv", ".git", "results"]}
-        ray.init(address=address, runtime_env=folder, log_to_driver=False,
-                 num_cpus=None if address else processes)  # a running cluster takes none
-    return Pool(processes), (ray.exceptions.RayActorError,)
-
-
-VERSION = 3  # of checkpoints
-PACKAGES = {p.__name__: p.__version__ for p in (np, tasks.mujoco, tasks.gymnasium)}
+            for member in {*self.members, *pool._pool}:
+                member.kill()
+                member.join(5)
 
 
 @contextlib.contextmanager
@@ -787,43 +737,25 @@ def open_run(out, config, resume):
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
         try:
-            import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        except ImportError:  # Windows, where two runs in one folder go unnoticed
-            pass
         except BlockingIOError:
             raise ValueError(f"another process is training in {out}") from None
-        meta = load_run(checkpoint, config) if checkpoint.exists() else initial_state(config)
-        rows = read_log(log, meta.iteration)  # all that may refuse; what follows writes
-        replace_file(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
-        replace_file(log, "".join([csv_line(LOG_COLUMNS), *rows]).encode())
+        meta = initial_state(config)
+        if checkpoint.exists():
+            stored, meta = load_checkpoint(checkpoint)
+            for name, value in dataclasses.asdict(stored).items():
+                if getattr(config, name) != value:
+                    raise ValueError(f"{out} was trained with another {name}, {value!r}")
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        rows = lines[1 : meta.iteration + 1]
+        if [row.split(",")[0] for row in rows] != [str(i) for i in range(meta.iteration)]:
+            raise ValueError(f"{log} has not the {meta.iteration} rows that its checkpoint has")
+        if lines[1:] and not checkpoint.exists():
+            raise ValueError(f"{log} has rows and no checkpoint beside it")
+        replace_file(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        replace_file(log, "\n".join([",".join(LOG_COLUMNS), *rows, ""]))
         save_checkpoint(checkpoint, config, meta)
         yield meta
-
-
-def load_run(path, config):
-    """The state in a checkpoint of this config; a note where packages are of another version."""
-    stored, meta, packages = load_checkpoint(path)
-    for name, value in dataclasses.asdict(stored).items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{path.parent} was trained with another {name}, {value!r}")
-    if packages != PACKAGES:
-        print(f"esmeta: note: bits may differ: trained with {packages}, goes on with {PACKAGES}",
-              file=sys.stderr)
-    return meta
-
-
-def read_log(path, n):
-    """Rows 0 .. n - 1 of a log.csv, as lines; ValueError names the line that is no such row."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    if lines[1:] and not n:
-        raise ValueError(f"{path} has rows and no checkpoint beside it: --out names another place")
-    numbers = rf"(,[-+.\defain]+){{{len(LOG_COLUMNS) - 1}}}"
-    patterns = [",".join(LOG_COLUMNS), *(f"{i}{numbers}" for i in range(n))] if n else []
-    for i, pattern in enumerate(patterns):
-        if not re.fullmatch(pattern, "".join(lines[i : i + 1])):
-            raise ValueError(f"{path}: line {i + 1} is not {f'row {i - 1}' if i else 'the header'}")
-    return [line + "\n" for line in lines[1 : n + 1]]
 
 
 def csv_line(values):
@@ -832,28 +764,25 @@ def csv_line(values):
 
 
 def replace_file(path, content):
-    """Write bytes to path in one step: whatever happens, it holds the old ones or the new."""
+    """Write text or bytes to path in one step: who dies in it leaves the old ones or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # it is there only where an error came
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
+VERSION = 3  # of checkpoints
 
 
 def save_checkpoint(path, config, meta):
     """Replace the checkpoint at path: the arrays of meta and one JSON string, no clock."""
-    stored = {"version": VERSION, "config": dataclasses.asdict(config), "packages": PACKAGES}
+    stored = json.dumps({"version": VERSION, "config": dataclasses.asdict(config)})
     content = io.BytesIO()
-    np.savez(content, config=json.dumps(stored, sort_keys=True), **meta._asdict())
+    np.savez(content, config=stored, **meta._asdict())
     replace_file(path, content.getvalue())
 
 
 def load_checkpoint(path):
-    """Config, MetaState, package versions of a checkpoint or run directory; else ValueError."""
+    """Config, MetaState of a checkpoint or run directory; ValueError where there is none."""
     path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
@@ -863,41 +792,35 @@ def load_checkpoint(path):
             meta = MetaState(**{name: archive[name] for name in MetaState._fields})
         if stored["version"] != VERSION:
             raise ValueError(f"version {stored['version']}, not {VERSION}")
-        config, packages = check_config(Config(**stored["config"])), stored["packages"]
-        for name, like in initial_state(config)._asdict().items():
-            value, like = getattr(meta, name), np.asarray(like)
-            low = {"s": 1e-6, "i": 0, "e": 0}.get(name[0], -np.inf)  # sigma, iteration, env_steps
+        config = Config(**stored["config"])
+        for name, value, like in zip(meta._fields, meta, map(np.asarray, initial_state(config))):
             alike = (value.shape, value.dtype) == (like.shape, like.dtype)
-            if not (alike and (np.isfinite(value) & (value >= low)).all()):
+            if not alike or not np.isfinite(value).all():
                 raise ValueError(f"{name} is not what a run writes")
     except Exception as error:  # zipfile, zlib, numpy and json have many for broken bytes
         raise ValueError(f"{path} is no checkpoint of esmeta: {error!s:.200}") from None
-    meta = meta._replace(iteration=int(meta.iteration), env_steps=int(meta.env_steps))
-    return config, meta, packages
+    return config, meta._replace(iteration=int(meta.iteration), env_steps=int(meta.env_steps))
 
 
-def adaptations(config, meta, goal, index, updates, seed):
-    """The actor (P,) before and after each update on the goal of that index: a generator."""
-    normalise, actor, phi = make_normaliser(meta, config), meta.mu_actor, meta.mu_critic
-    yield actor
+def evaluate_goal(config, meta, goal, index, updates, seed):
+    """Meta-test on the goal of that index, before and after each of U updates.
+
+    -> mean returns of EVAL_ROLLOUTS episodes (U + 1,), the actors that made them (U + 1, P).
+    """
+    normalise, phi, actors = make_normaliser(meta, config), meta.mu_critic, [meta.mu_actor]
     for update in range(updates):
         rng = generator(EVAL, seed, index + 1, update + 1)
-        theta, starts = sample_explorers(actor, meta.sigma_actor, config, rng)
+        theta, starts = sample_explorers(actors[-1], meta.sigma_actor, config, rng)
         data = rollout(config.task, theta, starts, normalise).score(goal, config.alive_bonus)
         shrink = tasks.TASKS[config.task].shrink if update else 1.0
         shorter = dataclasses.replace(config, actor_step=shrink * config.actor_step)
         actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, shorter,
                            task_dims(config.task), rng)
-        yield actor
-
-
-def evaluate_goal(config, meta, goal, index, updates, seed):
-    """Mean returns of EVAL_ROLLOUTS episodes before and after each of U updates: -> (U + 1,)."""
-    normalise = make_normaliser(meta, config)
+        actors.append(actor)
     starts = generator(EVAL, seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)  # for all goals
-    return np.array([
-        rollout(config.task, actor[None], starts, normalise).score(goal).returns().mean()
-        for actor in adaptations(config, meta, goal, index, updates, seed)])
+    returns = [rollout(config.task, actor[None], starts, normalise).score(goal).returns().mean()
+               for actor in actors]
+    return np.array(returns), np.array(actors)
 
 
 def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
@@ -906,17 +829,17 @@ def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
     path is a checkpoint or a run directory. Each update has K = `rollouts` explorers, by default
     as many as MAML had. Raises ValueError for no checkpoint, K < 1, updates < 0, no such goals.
     """
-    config, meta, _ = load_checkpoint(path)
+    config, meta = load_checkpoint(path)
     task = tasks.TASKS[config.task]
     rollouts = task.rollouts if rollouts is None else rollouts
-    config = check_config(dataclasses.replace(config, rollouts=rollouts))
+    config = dataclasses.replace(config, rollouts=rollouts)
     goals = tasks.test_goals(config.task) if goals is None else np.asarray(goals, float)
     if 0 in (goals.ndim, goals.size) or goals.shape[1:] != task.goal_shape or updates < 0:
         raise ValueError(f"goals must have shape {('n', *task.goal_shape)}, updates be at least 0, "
                          f"not {goals.shape}, {updates}".replace("'", ""))
     jobs = [(config, meta, goal, i, updates, seed) for i, goal in enumerate(goals)]
     with Crew(processes) as crew:
-        return np.array(crew.map(evaluate_goal, jobs, progress_bar(len(jobs)))).T
+        return np.array([returns for returns, _ in crew.map(evaluate_goal, jobs)]).T
 
 
 def report_eval(path, updates=1, processes=None, rollouts=None):
@@ -926,8 +849,8 @@ def report_eval(path, updates=1, processes=None, rollouts=None):
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     rows = [(name, " ".join(f"{x:.6g}" for x in np.ravel(goal)), u, float(value))
             for u, values in enumerate(returns) for goal, value in zip(goals, values)]
-    replace_file(folder / (f"eval-K{rollouts}.csv" if rollouts else "eval.csv"), "".join(map(
-        csv_line, [("task", "goal", "updates", "return"), *rows])).encode())
+    replace_file(folder / (f"eval-K{rollouts}.csv" if rollouts else "eval.csv"),
+                 "".join(map(csv_line, [("task", "goal", "updates", "return"), *rows])))
     groups = {"mean": np.ones(len(goals), bool)}
     if tasks.TASKS[name].direction:
         groups |= {"forward": goals > 0, "backward": goals < 0}
@@ -940,30 +863,29 @@ def report_eval(path, updates=1, processes=None, rollouts=None):
 
 def say(text, passing=False):
     """Print a text; a passing line on a terminal only, where the next one overwrites it."""
-    terminal = getattr(sys.stdout, "isatty", lambda: False)()
-    if terminal:
-        width = shutil.get_terminal_size().columns - 1
-        text = f"\r{text[:width] if passing else text:<{width}}"
+    terminal = getattr(sys.stdout, "isatty", lambda: False)()  # None where stdout is closed
     try:
         if terminal or not passing:
-            print(text, end="" if passing else "\n", flush=True)
+            print("\r\033[K" * terminal + text, end="" if passing else "\n", flush=True)
     except BrokenPipeError:  # a reader that has gone is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def progress_bar(total):
-    """The function of a count that draws a bar of finished jobs, on a terminal only."""
-    return lambda done: say(f"{'#' * (40 * done // total):.<40} {done}/{total}", passing=True)
+def show_progress(done, total):
+    """A bar of finished jobs; SystemExit, so that every `with` cleans up, if a signal has come."""
+    say(f"{'#' * (40 * done // total):.<40} {done}/{total}", passing=True)
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
 
 
 def status_line(row, iterations, failed):
-    """An iteration in one line of at most 100 columns, or the terminal's."""
+    """An iteration in one line."""
     iteration, before, explorers, after, critic, sigma, ratio, steps, seconds = row.values()
-    left, width = seconds * (iterations - iteration - 1), shutil.get_terminal_size((101, 1)).columns
+    minutes = int(seconds * (iterations - iteration - 1) / 60)
     return (f"{iteration + 1}/{iterations} " + f"failed {failed} " * bool(failed)
             + f"returns {before:.4g} {explorers:.4g} {after:.4g} critic {critic:.3g}"
             f" sigma {sigma:.3g} ratio {ratio:.2g} {steps / 1e6:.4g}M {seconds:.3g}s left "
-            f"{int(left // 3600)}:{int(left // 60 % 60):02d}")[: min(100, width - 1)]
+            f"{minutes // 60}:{minutes % 60:02d}")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -992,7 +914,6 @@ def make_parser():
     add("--out", help="run directory (default runs/<task>-seed<N>)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--pool", choices=("local", "ray"), help="of workers (default local)")
-    add("--ray-address", help="default: RAY_ADDRESS, or local")
     add("--eval", metavar="PATH", help="meta-test a run, with MAML's K or that of --rollouts")
     add("--updates", type=int, help="adaptations in --eval (default 1)")
     return parser
@@ -1007,8 +928,6 @@ def run(argv):
         return report_eval(given.pop("eval"), **given)
     if "updates" in given:
         raise ValueError("--updates needs --eval")
-    if given.get("out") == "":
-        raise ValueError("--out must be a directory, not ''")
     settings = {field.name for field in dataclasses.fields(Config)} & given.keys()
     config = make_config(**{"task": Config.task, **{name: given.pop(name) for name in settings}})
     train(config, **given)

@@ -36,8 +36,8 @@ def final_return(config, iterations, crew):
 
 def ablations(variants, task, iterations, seeds, crew):
     """Rows of the table, one a variant."""
-    configs = {v: [esmeta.check_config(esmeta.make_config(task, seed=s, **parse(v)))
-                   for s in range(seeds)] for v in variants}
+    configs = {v: [esmeta.make_config(task, seed=s, **parse(v)) for s in range(seeds)]
+               for v in variants}
     for variant, each in configs.items():
         values = [final_return(config, iterations, crew) for config in each]
         spread = f"{np.ptp(values):.1f}" if seeds > 1 else ""

@@ -215,7 +215,7 @@ class Replay:
     def __init__(self, blob):
         self.blob = blob
 
-    def map(self, function, jobs, progress):
+    def map(self, function, jobs):
         """What the main process does for `jobs`, but for the pipes."""
         for job in jobs:
             pickle.dumps((function, job), pickle.HIGHEST_PROTOCOL)

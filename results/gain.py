@@ -55,11 +55,10 @@ def tabulate(header, rows, path):
 def gains(stored, meta, updates, variants, crew):
     """Rows of the table for one checkpoint: as trained, then each variant."""
     goals, reference = tasks.test_goals(stored.task)[:10], None
-    configs = {v: esmeta.check_config(dataclasses.replace(stored, **parse(v)))
-               for v in ["", *variants]}
+    configs = {v: dataclasses.replace(stored, **parse(v)) for v in ["", *variants]}
     for variant, config in configs.items():
         jobs = [(config, meta, goal, i, updates, 1) for i, goal in enumerate(goals)]
-        returns = np.array(crew.map(esmeta.evaluate_goal, jobs))  # (10, updates + 1)
+        returns = np.array([r for r, _ in crew.map(esmeta.evaluate_goal, jobs)])  # (10, updates + 1)
         before, after = returns[:, 0], returns[:, -1]
         reference = after if reference is None else reference
         row = [before.mean(), after.mean(), (after - before).mean(), (after - reference).mean(),
@@ -79,7 +78,7 @@ def main(argv=None):
         if args.updates < 1:
             raise ValueError(f"--updates must be at least 1, not {args.updates}")
         cases = [(args.run, args.variant)] if args.run else [(HERE / r, v) for r, v in CASES]
-        cases = [(*esmeta.load_checkpoint(run)[:2], args.updates, v) for run, v in cases]
+        cases = [(*esmeta.load_checkpoint(run), args.updates, v) for run, v in cases]
         with esmeta.Crew() as crew:
             rows = (row for case in cases for row in gains(*case, crew))
             tabulate(HEADER, rows, None if args.run else TABLE)

@@ -99,7 +99,7 @@ def compose(films, titles, goal_text):
 
 def make_video(args):
     """Adapt, play, draw and write what the command line asks for."""
-    config, meta, _ = esmeta.load_checkpoint(args.run)
+    config, meta = esmeta.load_checkpoint(args.run)
     task, out = tasks.find_task(config.task), Path(args.out)
     goal = parse_goal(task, args.goal)
     if out.suffix != ".gif" or not out.parent.is_dir():
@@ -116,8 +116,8 @@ def make_video(args):
     stride = max(1, round(FRAME * args.speed / step))
     unit = "" if task.direction else " m/s" if task.model else " m"
     goal_text = f"goal {np.array2string(goal, precision=2)}{unit}"
-    actor, *_, adapted = esmeta.adaptations(config, meta, goal, 0, args.updates, args.seed)
-    films = [film(config, meta, a, goal, stride, args.seed) for a in (actor, adapted)]
+    _, actors = esmeta.evaluate_goal(config, meta, goal, 0, args.updates, args.seed)
+    films = [film(config, meta, a, goal, stride, args.seed) for a in actors[[0, -1]]]
     plural = "s" * (args.updates > 1)
     frames = compose(films, (f"{config.task} before adaptation",
                              f"after {args.updates} update{plural}"), goal_text)
