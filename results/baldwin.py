@@ -1,0 +1,199 @@
+"""A rival of the paper's figure 1, ES + A2C: `python -m results.baldwin --task cheetah_vel`.
+
+After Fernando et al. 2018, "Meta-learning by the Baldwin effect". The outer loop, the networks and
+the settings are esmeta's, the inner loop is advantage actor-critic. A worker has one actor, not K;
+it explores by noise on its actions, a ~ N(actor(theta, s), ACTION_STD^2). Its fitness is the return
+of the adapted actor on fresh starts, without noise, in ranks over all workers.
+"""
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import esmeta
+import numpy as np
+import tasks
+from esmeta import actor_forward, nstep_targets, state_values
+
+ACTION_STD = 0.3  # of the policy, whose actions are cut at -1 and 1
+
+
+def a2c_gradient(theta, obs, action, advantage, std, dims):
+    """Gradient in theta of the mean of log N(a; actor(theta, s), std^2) A.
+
+    theta (P,), obs (B, obs), action (B, act), advantage (B,) -> (P,).
+    """
+    mean, cache = actor_forward(theta, obs, dims)
+    d_mean = (action - mean) / std**2 * advantage[:, None] / len(obs)
+    return esmeta.actor_backward(d_mean, cache)
+
+
+def adapt(theta, phi, data, action, sigma, config, dims, rng, shrink=1.0):
+    """One step of A2C on K trajectories: fit V to n-step returns, step along the policy gradient.
+
+    theta, sigma (P,), phi (P_c,), data (H, K), its actions before they were cut (H, K, act)
+    -> adapted theta (P,), phi (P_c,). V(s) = Q_phi(s, actor(theta, s)).
+    """
+    obs, action = data.obs[:-1][data.valid], action[data.valid]  # (B, obs), (B, act)
+    # the critic starts from the right mean, as in esmeta.adapt
+    offset = data.reward[data.valid].mean() / (1 - config.gamma) - phi[-1]
+    phi = np.append(phi[:-1], phi[-1] + offset)
+    y = nstep_targets(data, state_values(theta, phi, data.obs, dims), config)[data.valid]  # (B,)
+    rows = rng.integers(len(obs), size=(config.critic_updates, config.batch))
+    mean, _ = actor_forward(theta, obs, dims)
+    phi, _ = esmeta.fit_critic(phi, obs, mean, y, rows, config.critic_lr, dims,
+                               np.zeros((2, len(phi)), phi.dtype))
+    value = state_values(theta, phi, data.obs, dims)  # (H + 1, K)
+    advantage = (nstep_targets(data, value, config) - value[:-1])[data.valid]  # (B,)
+    advantage -= advantage.mean()  # not over their std: the length of the step is set
+    direction = sigma * a2c_gradient(theta, obs, action, advantage, ACTION_STD, dims)
+    length = max(float(np.linalg.norm(direction)), 1e-30)
+    return theta + sigma * direction * (shrink * config.actor_step / length), phi
+
+
+def explore(theta, config, normalise, rng):
+    """K episodes of the policy of theta (P,), then one of the actor without noise.
+
+    -> Run with actions cut as the environment does, and the actions as drawn (H, K + 1, act).
+    """
+    task, dims, n = tasks.TASKS[config.task], esmeta.task_dims(config.task), config.rollouts + 1
+    action = ACTION_STD * rng.standard_normal((task.horizon, n, task.act), np.float32)
+    action[:, -1] = 0
+    env = tasks.make_vec(task.name, n, freeze=task.model is not None)
+    raw = np.empty((task.horizon + 1, n, task.obs))
+    obs, velocity = np.empty(raw.shape, theta.dtype), np.empty((task.horizon, n))
+    raw[0], _ = env.reset(seed=[int(seed) for seed in rng.integers(2**31, size=n)])
+    obs[0] = normalise(raw[0])
+    for t in range(task.horizon):
+        action[t] += actor_forward(theta, obs[t], dims)[0]  # ~ N(actor(theta, s), ACTION_STD^2)
+        env.advance(action[t], raw[t + 1])
+        obs[t + 1] = normalise(raw[t + 1])
+        velocity[t] = env.velocity()
+    return esmeta.Run(task.name, obs, action.clip(-1, 1), raw, velocity, env.unstable()), action
+
+
+class Population(esmeta.Crew):
+    """The crew for esmeta.iterate: another inner loop, and a fitness ranked over all workers."""
+
+    def map(self, _, jobs):
+        """The Result of each job, its term of Eq. 10 times the rank of its worker."""
+        fitness, results = zip(*super().map(evaluate_worker, jobs))
+        # a failed worker ranks last, and esmeta.iterate leaves it out
+        F = esmeta.centred_ranks(np.nan_to_num(fitness, nan=-np.inf)).astype(np.float32)
+        return [r._replace(d_mu=f * r.d_mu, d_sigma=f * r.d_sigma) for f, r in zip(F, results)]
+
+
+@np.errstate(all="ignore")  # a worker that diverges is left out and counted
+def evaluate_worker(config, meta, worker):
+    """An actor, its A2C on each task, its tests: -> fitness, Result with Eq. 10 for F = 1."""
+    k, dims, bonus = config.rollouts, esmeta.task_dims(config.task), config.alive_bonus
+    normalise = esmeta.make_normaliser(meta, config)
+    # workers 2 i and 2 i + 1 are mirrored, eps and -eps; all else that is random they share
+    pair, sign = worker // 2, 1 - 2 * (worker % 2)
+    rng = esmeta.generator(esmeta.WORKER, config.seed, meta.iteration, pair)
+    goals = esmeta.sample_tasks(config, meta.iteration, pair)  # (G, ..)
+    theta, phi = (mu + sigma * (sign * rng.standard_normal(len(mu), np.float32))
+                  for mu, sigma in (meta[:2], meta[2:4]))  # (P,), (P_c,) ~ N(mu, sigma^2)
+    each = math.ceil(config.tests * k / len(goals))  # tests of a task
+    starts = rng.integers(2**31, size=each * len(goals))  # drawn before what depends on theta
+    run, action = explore(theta, config, normalise, rng)
+    scored = [run.score(goal, bonus) for goal in goals]
+    adapted = [adapt(theta, phi, data.part(slice(k)), action[:, :k], meta.sigma_actor, config,
+                     dims, rng) for data in scored]
+    tests = esmeta.rollout(config.task, np.stack([actor for actor, _ in adapted]), starts,
+                           normalise).score(goals.repeat(each, axis=0), bonus)
+    errors = [esmeta.critic_error(*adapted[g], tests.part(slice(g * each, (g + 1) * each)), config,
+                                  dims) for g in range(len(goals))]
+    paid = np.array([data.returns(bonus) for data in scored])  # (G, K + 1)
+    returns = np.array([paid[:, k].mean(), paid[:, :k].mean(), tests.returns(bonus).mean()])
+    lived = np.any([data.valid for data in scored], axis=0)  # (H, K + 1)
+    seen = run.raw[:-1][lived]  # (steps, obs)
+    obs_sums = np.array([np.full(dims.obs, len(seen)), seen.sum(axis=0), (seen**2).sum(axis=0)])
+    # sqrt(K) makes steps, which are mostly noise, as long as esmeta's at the same rates: Eq. 10's
+    # sum over j has one term here, and esmeta.ascend divides by K
+    d_mu, d_sigma = esmeta.nes_gradient(theta[None], np.float32(math.sqrt(k)), *meta[:2])
+    return tests.returns().mean(), esmeta.Result(
+        d_mu, d_sigma, phi, -np.mean(errors), returns, obs_sums, len(seen) + int(tests.valid.sum()))
+
+
+def train(config, iterations=esmeta.ITERATIONS, processes=None, out=None, resume=False):
+    """esmeta.train with a Population: log.csv and a checkpoint after each iteration."""
+    out = Path(out or f"runs/{config.task}-baldwin-seed{config.seed}")
+    with Population(processes) as crew, esmeta.open_run(out, config, resume) as meta:
+        while meta.iteration < iterations:
+            begin = time.monotonic()
+            meta, row, failed = esmeta.iterate(config, meta, crew)
+            row["seconds"] = time.monotonic() - begin
+            with open(out / "log.csv", "a") as log:
+                log.write(esmeta.csv_line(row.values()))
+            esmeta.save_checkpoint(out / "checkpoint.npz", config, meta)
+            esmeta.say(esmeta.status_line(row, iterations, failed))
+
+
+def evaluate_goal(config, meta, goal, index, updates):
+    """esmeta.evaluate_goal with A2C: mean returns of mu before and after each update, (U + 1,)."""
+    normalise, k = esmeta.make_normaliser(meta, config), config.rollouts
+    starts = esmeta.generator(esmeta.EVAL, 0, 0, 0).integers(2**31, size=esmeta.EVAL_ROLLOUTS)
+    theta, phi, means = meta.mu_actor, meta.mu_critic, []
+    for update in range(updates + 1):
+        if update:
+            rng = esmeta.generator(esmeta.EVAL, 0, index + 1, update)
+            run, action = explore(theta, config, normalise, rng)
+            data = run.score(goal, config.alive_bonus).part(slice(k))
+            shrink = tasks.TASKS[config.task].shrink if update > 1 else 1.0
+            theta, phi = adapt(theta, phi, data, action[:, :k], meta.sigma_actor, config,
+                               esmeta.task_dims(config.task), rng, shrink)
+        tests = esmeta.rollout(config.task, theta[None], starts, normalise).score(goal)
+        means.append(tests.returns().mean())
+    return np.array(means)
+
+
+def report_eval(path, updates=1, processes=None):
+    """Meta-test with MAML's goals and K: write eval.csv as esmeta does, print the means."""
+    config, meta = esmeta.load_checkpoint(Path(path) / "checkpoint.npz")
+    config = dataclasses.replace(config, rollouts=tasks.TASKS[config.task].rollouts)
+    goals = tasks.test_goals(config.task)
+    jobs = [(config, meta, goal, i, updates) for i, goal in enumerate(goals)]
+    with esmeta.Crew(processes) as crew:
+        returns = np.array(crew.map(evaluate_goal, jobs)).T  # (U + 1, n)
+    rows = [(config.task, " ".join(f"{x:.6g}" for x in np.ravel(goal)), u, float(value))
+            for u, values in enumerate(returns) for goal, value in zip(goals, values)]
+    esmeta.replace_file(Path(path) / "eval.csv", "".join(map(
+        esmeta.csv_line, [("task", "goal", "updates", "return"), *rows])))
+    esmeta.say(f"{config.task} before and after updates: {returns.mean(axis=1).round(1).tolist()}")
+
+
+def main(argv=None):
+    """The program, with esmeta's flags: -> exit status 0; 2 bad input; 1 disk or run failed."""
+    fields = {field.name for field in dataclasses.fields(esmeta.Config)}
+    parser = esmeta.make_parser()
+    parser.prog, parser.description = "results.baldwin", __doc__
+    try:
+        given = vars(parser.parse_args(argv))
+        allowed = {"eval", "updates", "processes"} if "eval" in given else (
+            fields - {"paper", "cycles"} | {"iterations", "processes", "out", "resume"})
+        if wrong := given.keys() - allowed:
+            raise ValueError(f"results.baldwin takes no --{min(wrong).replace('_', '-')} here")
+        if min(given.get("iterations", 0), given.get("updates", 0)) < 0:
+            raise ValueError("iterations and updates must be at least 0")
+        if "eval" in given:
+            report_eval(given.pop("eval"), **given)
+        else:
+            settings = {name: given.pop(name) for name in fields & given.keys()}
+            config = esmeta.make_config(**{"task": esmeta.Config.task, **settings})
+            train(config, **given)
+    except (ValueError, OSError, RuntimeError) as error:
+        print("baldwin: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    from results import baldwin  # jobs name functions of this file, not of __main__
+
+    for signum in (signal.SIGINT, signal.SIGTERM):  # Crew stops between two jobs
+        signal.signal(signum, lambda number, _: esmeta.SIGNALS.append(number))
+    sys.exit(baldwin.main())

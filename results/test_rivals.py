@@ -1,0 +1,128 @@
+"""Tests of the rivals; PyTorch's are skipped where it is not installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import esmeta  # before numpy: it pins BLAS to one thread
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings, strategies as st
+
+from esmeta import Dims
+from results import baldwin, maml
+
+HERE = Path(esmeta.__file__).parent
+SEED = st.integers(0, 2**32 - 1)
+SMALL = st.builds(Dims, st.integers(1, 4), st.integers(1, 3), st.integers(2, 4))
+TINY = ["--task", "point_goal", "--workers", "4", "--rollouts", "4", "--critic-updates", "2"]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(SMALL, st.integers(1, 5), st.floats(0.1, 2.0), SEED)
+def test_baldwin_a2c_gradient_is_that_of_the_log_likelihood_times_the_advantage(dims, n, std, seed):
+    rng = np.random.default_rng(seed)
+    theta = 0.7 * rng.normal(size=len(esmeta.xavier(esmeta.actor_shapes(dims), rng)))
+    obs, action, advantage = (rng.normal(size=(n, *s)) for s in ((dims.obs,), (dims.act,), ()))
+
+    def objective(theta):
+        mean, cache = esmeta.actor_forward(theta, obs, dims)
+        log_density = esmeta.log_density(action, mean, np.full(dims.act, std))
+        return np.mean(log_density * advantage), [x > 0 for x in cache[3:5]]
+
+    numeric, relu = np.empty_like(theta), objective(theta)[1]
+    for i, step in enumerate(1e-6 * np.eye(len(theta))):
+        (up, relu_up), (down, relu_down) = objective(theta + step), objective(theta - step)
+        assume(all((a == b).all() and (a == c).all() for a, b, c in zip(relu, relu_up, relu_down)))
+        numeric[i] = (up - down) / 2e-6
+    exact = baldwin.a2c_gradient(theta, obs, action, advantage, std, dims)
+    np.testing.assert_allclose(exact, numeric, rtol=1e-6, atol=1e-6 * (1 + np.abs(numeric).max()))
+
+
+def test_baldwin_has_the_same_bits_for_any_processes_and_after_a_resume(tmp_path):
+    def train(name, iterations, *flags):
+        out = tmp_path / name
+        assert baldwin.main([*TINY, "--out", str(out), "--iterations", iterations, *flags]) == 0
+        rows = (out / "log.csv").read_text().splitlines()
+        return (out / "checkpoint.npz").read_bytes(), [row.rsplit(",", 1)[0] for row in rows]
+
+    one = train("one", "2", "--processes", "1")
+    assert train("two", "2", "--processes", "2") == one != train("cut", "1", "--processes", "1")
+    assert train("cut", "2", "--processes", "1", "--resume") == one
+    assert one[1][0] == ",".join(esmeta.LOG_COLUMNS[:-1]) and len(one[1]) == 3
+    assert baldwin.main(["--eval", str(tmp_path / "one"), "--processes", "1"]) == 0
+    rows = (tmp_path / "one" / "eval.csv").read_text().splitlines()
+    assert rows[0] == "task,goal,updates,return" and len(rows) == 1 + 2 * 40
+
+
+@pytest.mark.parametrize("flags", [
+    ["--task", "point_gaol"], ["--workers", "x"], ["--rollouts", "3"], ["--iterations", "-1"],
+    ["--cycles", "2"], ["--eval", "nowhere"], ["--eval", "x", "--seed", "1"], ["--updates", "1"]])
+def test_baldwin_refuses_bad_input_in_one_line(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert baldwin.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("baldwin: error: ") and err.count("\n") == 1 and not out
+    assert not list(tmp_path.iterdir())
+
+
+def make_maml_task(torch, updates):
+    """theta, U + 1 Batches, alpha, dims: random numbers, float64."""
+    rng, dims = np.random.default_rng(0), esmeta.Dims(obs=3, act=2, hidden=4)
+    theta = np.append(1.5 * esmeta.xavier(esmeta.actor_shapes(dims), rng), [-0.3, 0.2])
+    theta += 0.1 * rng.standard_normal(len(theta))
+    batches = [maml.Batch(*(torch.tensor(rng.standard_normal(shape))
+                            for shape in ((9, 3), (9, 2), 9))) for _ in range(updates + 1)]
+    return torch.tensor(theta), batches, 0.3, dims
+
+
+def central_differences(torch, f, x, eps=1e-5):
+    """Of f in each entry of x (P,): (P, ..)."""
+    return torch.stack([(f(x + eps * e) - f(x - eps * e)) / (2 * eps)
+                        for e in torch.eye(len(x), dtype=x.dtype)])
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_extra_maml_derivatives_go_through_the_updates(updates):
+    torch = pytest.importorskip("torch")
+    theta, batches, *rest = make_maml_task(torch, updates)
+    loss, kl = (lambda x, i=i: maml.objective(x, theta, batches, *rest)[i] for i in (0, 1))
+    gradient = maml.meta_gradient(theta, batches, *rest)
+    expected = central_differences(torch, loss, theta)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-8)
+    adapted = maml.adapt(theta, batches[:-1], *rest)
+    first_order = maml.meta_gradient(adapted, batches[-1:], *rest)
+    assert (gradient - first_order).norm() > 0.1 * gradient.norm()
+    v = torch.tensor(np.random.default_rng(1).standard_normal(len(theta)))
+    hessian = central_differences(torch, torch.func.grad(kl), theta)
+    np.testing.assert_allclose(maml.fisher_product(theta, v, batches, *rest), hessian @ v,
+                               rtol=1e-6, atol=1e-7)
+
+
+def test_extra_maml_has_the_same_bits_after_a_resume_and_for_any_processes(tmp_path):
+    pytest.importorskip("torch")
+    config = maml.make_config("point_goal", rollouts=3, updates=2, iterations=2)._replace(batch=4)
+    with esmeta.Crew(1) as one, esmeta.Crew(2) as two:
+        whole = maml.train(config, one, tmp_path / "whole")
+        maml.train(config._replace(iterations=1), two, tmp_path / "parts")
+        parts = maml.train(config, two, tmp_path / "parts", resume=True)
+    assert whole.tobytes() == parts.tobytes()
+    rows = [[line.split(",")[:-1] for line in (tmp_path / run / "log.csv").read_text().split()]
+            for run in ("whole", "parts")]
+    assert rows[0] == rows[1] and len(rows[0]) == 3  # all but the seconds
+
+
+@pytest.mark.parametrize("flags", ["--out a --eval b", "--eval nowhere", "--task nowhere --out a",
+                                   "--updates 0 --out a", "--seed -1 --out a", "--resume --out a"])
+def test_extra_maml_refuses_bad_input_in_one_line(flags, capsys):
+    pytest.importorskip("torch")
+    assert maml.main(flags.split()) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_extra_maml_says_in_one_line_that_it_lacks_torch():
+    code = ("import sys; sys.modules['torch'] = None\n"
+            "from results import maml; sys.exit(maml.main())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True)
+    expected = 2, "", "results.maml needs torch: pip install torch\n"
+    assert (done.returncode, done.stdout, done.stderr) == expected
