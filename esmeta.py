@@ -805,16 +805,20 @@ def load_checkpoint(path):
 def evaluate_goal(config, meta, goal, index, updates, seed):
     """Meta-test on the goal of that index, before and after each of U updates.
 
+    An update whose explorers earn less than those before it is undone: the next one starts from
+    the better actor, its critic and its trajectories. Each step is `shrink` times the last one.
     -> mean returns of EVAL_ROLLOUTS episodes (U + 1,), the actors that made them (U + 1, P).
     """
     normalise, phi, actors = make_normaliser(meta, config), meta.mu_critic, [meta.mu_actor]
+    best = -np.inf
     for update in range(updates):
         rng = generator(EVAL, seed, index + 1, update + 1)
         theta, starts = sample_explorers(actors[-1], meta.sigma_actor, config, rng)
         data = rollout(config.task, theta, starts, normalise).score(goal, config.alive_bonus)
-        shrink = tasks.TASKS[config.task].shrink if update else 1.0
-        shorter = dataclasses.replace(config, actor_step=shrink * config.actor_step)
-        actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, shorter,
+        if not (explored := data.returns().mean()) < best:
+            best, better = explored, (theta.mean(axis=0), phi, data)
+        step = tasks.TASKS[config.task].shrink ** update * config.actor_step
+        actor, phi = adapt(*better, meta.sigma_actor, dataclasses.replace(config, actor_step=step),
                            task_dims(config.task), rng)
         actors.append(actor)
     starts = generator(EVAL, seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)  # for all goals

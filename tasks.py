@@ -32,7 +32,7 @@ class Task(NamedTuple):
     goal_shape: tuple[int, ...] = ()  # of one goal; () is a scalar
     horizon: int = 200  # H, steps
     rollouts: int = 20  # K, the trajectories that one adaptation sees
-    shrink: float = 0.5  # of the adaptation's step, for each further update of meta-test (MAML)
+    shrink: float = 0.5  # of meta-test: the second update's step over the first's (MAML)
 
     def reward(self, velocity, action, contact, goal):
         """A robot's r (...): v, g (...) in m/s or g = +-1, a (..., act), f (..., 84) of the ant.

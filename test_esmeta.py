@@ -587,21 +587,26 @@ def test_iterate_leaves_out_a_diverged_worker(task, broken):
 # ---- Algorithm 1: the adapted actor in meta-test; the paper's literal form -----------------------
 
 
-@pytest.mark.parametrize("name, paper, shrink", [
-    ("cheetah_vel", False, 0.5), ("point_goal", True, 0.5), ("ant_dir", False, 0.01)])
-def test_adaptations_by_hand(name, paper, shrink):
-    """Fresh explorers around the current actor, the same critic; smaller steps after the first."""
-    config = make_config(task=name, paper=paper, alive_bonus=0.5, actor_step=0.01 if paper else 3.0)
+@pytest.mark.parametrize("name, paper, shrink, length, undone", [
+    ("cheetah_vel", False, 0.5, 3.0, [1]), ("point_goal", True, 0.5, 0.01, []),
+    ("ant_dir", False, 0.01, 3.0, [1])])
+def test_meta_test_by_hand(name, paper, shrink, length, undone):
+    """Fresh explorers around the current actor; the next update starts from the best so far."""
+    config = make_config(task=name, paper=paper, alive_bonus=0.5)
     meta, goal, dims = make_meta(config), tasks.test_goals(name)[3], esmeta.task_dims(name)
-    actor, phi, actors = meta.mu_actor, meta.mu_critic, [meta.mu_actor]
+    actor, phi, actors, tried = meta.mu_actor, meta.mu_critic, [meta.mu_actor], []
     normalise = esmeta.make_normaliser(meta, config)
-    for update, part in enumerate((1.0, shrink, shrink), start=1):
-        rng = esmeta.generator(esmeta.EVAL, 5, 4, update)
+    config = dataclasses.replace(config, actor_step=length)
+    for update in 0, 1, 2:
+        rng = esmeta.generator(esmeta.EVAL, 5, 4, update + 1)
         theta, starts = esmeta.sample_explorers(actor, meta.sigma_actor, config, rng)
         data = esmeta.rollout(name, theta, starts, normalise).score(goal, 0.5)
-        step = dataclasses.replace(config, actor_step=part * config.actor_step)
-        actor, phi = esmeta.adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, step, dims, rng)
+        tried.append((data.returns().mean(), update, theta.mean(axis=0), phi, data))
+        earned, chosen, *best = max(tried, key=lambda each: each[:2])
+        step = dataclasses.replace(config, actor_step=shrink**update * length)
+        actor, phi = esmeta.adapt(*best, meta.sigma_actor, step, dims, rng)
         actors.append(actor)
+        assert (chosen < update) == (update in undone)
     returns, found = esmeta.evaluate_goal(config, meta, goal, 3, 3, 5)
     np.testing.assert_array_equal(found, actors)
     starts = esmeta.generator(esmeta.EVAL, 5, 0, 0).integers(2**31, size=20)

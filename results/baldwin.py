@@ -31,7 +31,7 @@ def a2c_gradient(theta, obs, action, advantage, std, dims):
     return esmeta.actor_backward(d_mean, cache)
 
 
-def adapt(theta, phi, data, action, sigma, config, dims, rng, shrink=1.0):
+def adapt(theta, phi, data, action, sigma, config, dims, rng):
     """One step of A2C on K trajectories: fit V to n-step returns, step along the policy gradient.
 
     theta, sigma (P,), phi (P_c,), data (H, K), its actions before they were cut (H, K, act)
@@ -51,7 +51,7 @@ def adapt(theta, phi, data, action, sigma, config, dims, rng, shrink=1.0):
     advantage -= advantage.mean()  # not over their std: the length of the step is set
     direction = sigma * a2c_gradient(theta, obs, action, advantage, ACTION_STD, dims)
     length = max(float(np.linalg.norm(direction)), 1e-30)
-    return theta + sigma * direction * (shrink * config.actor_step / length), phi
+    return theta + sigma * direction * (config.actor_step / length), phi
 
 
 def explore(theta, config, normalise, rng):
@@ -135,20 +135,21 @@ def train(config, iterations=esmeta.ITERATIONS, processes=None, out=None, resume
 
 def evaluate_goal(config, meta, goal, index, updates):
     """esmeta.evaluate_goal with A2C: mean returns of mu before and after each update, (U + 1,)."""
-    normalise, k = esmeta.make_normaliser(meta, config), config.rollouts
+    normalise, k, best = esmeta.make_normaliser(meta, config), config.rollouts, -np.inf
+    phi, actors = meta.mu_critic, [meta.mu_actor]
+    for update in range(updates):
+        rng = esmeta.generator(esmeta.EVAL, 0, index + 1, update + 1)
+        run, action = explore(actors[-1], config, normalise, rng)
+        data = run.score(goal, config.alive_bonus).part(slice(k))
+        if not (explored := data.returns().mean()) < best:
+            best, better = explored, (actors[-1], phi, data, action[:, :k])
+        step = tasks.TASKS[config.task].shrink ** update * config.actor_step
+        actor, phi = adapt(*better, meta.sigma_actor, dataclasses.replace(config, actor_step=step),
+                           esmeta.task_dims(config.task), rng)
+        actors.append(actor)
     starts = esmeta.generator(esmeta.EVAL, 0, 0, 0).integers(2**31, size=esmeta.EVAL_ROLLOUTS)
-    theta, phi, means = meta.mu_actor, meta.mu_critic, []
-    for update in range(updates + 1):
-        if update:
-            rng = esmeta.generator(esmeta.EVAL, 0, index + 1, update)
-            run, action = explore(theta, config, normalise, rng)
-            data = run.score(goal, config.alive_bonus).part(slice(k))
-            shrink = tasks.TASKS[config.task].shrink if update > 1 else 1.0
-            theta, phi = adapt(theta, phi, data, action[:, :k], meta.sigma_actor, config,
-                               esmeta.task_dims(config.task), rng, shrink)
-        tests = esmeta.rollout(config.task, theta[None], starts, normalise).score(goal)
-        means.append(tests.returns().mean())
-    return np.array(means)
+    tests = [esmeta.rollout(config.task, actor[None], starts, normalise) for actor in actors]
+    return np.array([run.score(goal).returns().mean() for run in tests])
 
 
 def report_eval(path, updates=1, processes=None):
