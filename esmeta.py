@@ -639,7 +639,7 @@ def make_normaliser(meta, config):
         return lambda obs: obs
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0) + 1e-8)
-    return lambda obs: np.clip((obs - mean) / std, -OBS_CLIP, OBS_CLIP)
+    return lambda obs: np.minimum(np.maximum((obs - mean) / std, -OBS_CLIP), OBS_CLIP)
 
 
 # ---- what runs it: processes, run directory, meta-test, command line -------------------------
