@@ -15,7 +15,8 @@ import tasks
 
 HERE = Path(__file__).parent
 TASKS = ("cheetah_vel", "cheetah_dir", "ant_vel", "ant_dir")
-BLUE, ORANGE, GREEN, GREY = "#0969b2", "#d95f02", "#1b8a5a", "#777777"
+BLUE, ORANGE, GREEN, GREY, PURPLE = "#0969b2", "#d95f02", "#1b8a5a", "#777777", "#7b3294"
+RIVALS = (("baldwin", "ES + A2C", ORANGE), ("maml", "MAML here", PURPLE))
 STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "legend.fontsize": 9.5, "lines.linewidth": 1.8}
@@ -25,18 +26,22 @@ STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.
 
 
 def read_log(folder):
-    """Columns of a run's log.csv as a dict of arrays (iterations,); ValueError for other files."""
+    """Columns of a run's log.csv as a dict of arrays (iterations,); ValueError for other files.
+
+    A rival's has no more than some of esmeta's columns.
+    """
     path = Path(folder) / "log.csv"
     if not path.is_file():
         raise ValueError(f"no log.csv in {folder}")
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        log = {name: np.array([float(row[name]) for row in rows]) for name in esmeta.LOG_COLUMNS}
+        names = [name for name in esmeta.LOG_COLUMNS if rows and name in rows[0]]
+        log = {name: np.array([float(row[name]) for row in rows]) for name in names}
     except (KeyError, TypeError, ValueError, csv.Error):  # a binary file decodes to ValueError too
         raise ValueError(f"{path} is no log of esmeta") from None
-    if not rows:
-        raise ValueError(f"{path} has no iteration yet")
+    if "return_after" not in log:
+        raise ValueError(f"{path} has no iteration of esmeta")
     return log
 
 
@@ -80,6 +85,22 @@ def constant_speed(task, goals):
     return tasks.find_task(task).horizon * (bonus - np.abs(goals - np.median(goals)))
 
 
+def steps_once_a_task(folder):
+    """Millions of steps after each iteration as MAML counts: each task has its own exploration.
+
+    A worker's tasks share theirs, for no dynamics depend on the goal; its tests count once.
+    """
+    log = read_log(folder)
+    if "return_explorers" not in log:  # MAML's
+        return log["env_steps"] / 1e6
+    config = read_config(folder)
+    if config is None:
+        raise ValueError(f"no config.json in {folder}")
+    g, explore = len(esmeta.sample_tasks(config, 0, 0)), config.rollouts + 1
+    test = config.tests * (g if config.paper else config.rollouts)
+    return log["env_steps"] / 1e6 * (g * explore + test) / (explore + test)
+
+
 def find_runs(task, variant=""):
     """Folders of the seeds of one setting, in order; one line where there is none."""
     name = task + (f"-{variant}" if variant else "")
@@ -87,18 +108,20 @@ def find_runs(task, variant=""):
                   if re.fullmatch(re.escape(name) + r"-seed\d+", folder.name)
                   and (folder / "log.csv").is_file())
     if not runs:
-        print(f"skipped: no results/{name}-seed*/log.csv")
+        print(f"skipped: no results/{name}-seed*/log.csv", file=sys.stderr)
     return runs
 
 
 # ---- pieces of a picture ------------------------------------------------------------------------
 
 
-def curve(ax, runs, column, label, colour, **line):
-    """Mean of the seeds' column against iterations, their range as a band."""
+def curve(ax, runs, column, label, colour, steps=False, **line):
+    """Mean of the seeds' column against iterations, or steps; their range as a band."""
     logs = [read_log(folder) for folder in runs]
     n = min(len(log[column]) for log in logs)  # as far as all seeds go
     values, x = np.stack([log[column][:n] for log in logs]), logs[0]["iteration"][:n] + 1
+    if steps:
+        x = np.mean([steps_once_a_task(folder)[:n] for folder in runs], axis=0)
     ax.plot(x, values.mean(axis=0), color=colour, label=label, **line)
     if len(runs) > 1:
         ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
@@ -106,7 +129,7 @@ def curve(ax, runs, column, label, colour, **line):
 
 def yardsticks(ax, task, updates="1", constant=True):
     """Horizontal lines: MAML after some updates, the oracle, the best constant speed."""
-    lines = [(published(task, "maml", u), f"MAML, {u} update" + "s" * (u != "1"), style)
+    lines = [(published(task, "maml", u), f"MAML's paper, {u} update" + "s" * (u != "1"), style)
              for u, style in zip(updates, ("--", "-."))]
     lines.append((published(task, "oracle", ""), "oracle that sees the goal", ":"))
     if constant and task in TASKS and not tasks.find_task(task).direction:
@@ -147,16 +170,19 @@ def save(figure, path):
 
 
 def figure1(plt):
-    """Return after adaptation against iterations on the four tasks; None without runs."""
+    """Return after adaptation against steps on the four tasks, each method; None without runs."""
     found = [(task, runs) for task in TASKS if (runs := find_runs(task))]
     if not found:
         return None
     figure, axes = plt.subplots(2, 2, figsize=(10, 8.4), layout="constrained")
     for ax, (task, runs) in zip(axes.flat, found):
-        curve(ax, runs, "return_after", "ESMeta, after adaptation", BLUE)
-        curve(ax, runs, "return_before", "ESMeta, before", ORANGE, lw=1)
+        curve(ax, runs, "return_after", "ESMeta, after adaptation", BLUE, steps=True)
+        curve(ax, runs, "return_before", "ESMeta, before", GREY, steps=True, lw=1)
+        for variant, label, colour in RIVALS:
+            if rival := find_runs(task, variant):
+                curve(ax, rival, "return_after", f"{label}, after adaptation", colour, steps=True)
         yardsticks(ax, task)
-        finish(ax, f"{task} ({seeds(runs)})")
+        finish(ax, f"{task} ({seeds(runs)})", "steps of all tasks, millions")
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
     shared_legend(figure, axes)

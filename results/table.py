@@ -11,7 +11,7 @@ import esmeta
 import numpy as np
 import tasks
 from results import figures
-from results.figures import TASKS, published, read_config, read_eval, read_log
+from results.figures import TASKS, published, read_eval, read_log, steps_once_a_task
 
 find_runs = functools.cache(figures.find_runs)  # it says what is missing, once
 PAPER = {"cheetah_vel": '"better results than MAML", no number', "cheetah_dir": "400",
@@ -70,24 +70,16 @@ def returns_table():
 
 
 def cost_table():
-    """A row for each run: what it cost, and when it reached MAML's return after one update.
-
-    As MAML counts, each task of a worker has its own exploration; the tests count once.
-    """
+    """A row for each run: what it cost, and when it reached MAML's return after one update."""
     yield from head("run", "iterations", "steps of physics, M", "counted once a task, M",
                     "minutes", "minutes to MAML's one-update value")
     for task in TASKS:
         for folder in find_runs(task):
-            log, config = read_log(folder), read_config(folder)
-            if config is None:
-                raise ValueError(f"no config.json in {folder}")
-            g, explore = len(esmeta.sample_tasks(config, 0, 0)), config.rollouts + 1
-            test = config.tests * (g if config.paper else config.rollouts)
-            once = (g * explore + test) / (explore + test)
+            log, once = read_log(folder), steps_once_a_task(folder)[-1]
             steps, minutes = log["env_steps"][-1] / 1e6, log["seconds"].cumsum() / 60
             reached = minutes[log["return_after"] >= published(task)]
             yield row([f"`{folder.name}`", len(minutes), f"{steps:.1f}",
-                       f"{steps * once:.0f}", f"{minutes[-1]:.0f}",
+                       f"{once:.0f}", f"{minutes[-1]:.0f}",
                        f"{reached[0]:.1f}" if len(reached) else "not reached"])
 
 
