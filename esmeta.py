@@ -793,10 +793,9 @@ def load_checkpoint(path):
         if stored["version"] != VERSION:
             raise ValueError(f"version {stored['version']}, not {VERSION}")
         config = Config(**stored["config"])
-        for name, value, like in zip(meta._fields, meta, map(np.asarray, initial_state(config))):
-            alike = (value.shape, value.dtype) == (like.shape, like.dtype)
-            if not alike or not np.isfinite(value).all():
-                raise ValueError(f"{name} is not what a run writes")
+        for a, b in zip(meta, map(np.asarray, initial_state(config))):
+            if (a.shape, a.dtype) != (b.shape, b.dtype) or not np.isfinite(a).all():
+                raise ValueError(f"an array {a.shape} is not what a run writes")
     except Exception as error:  # zipfile, zlib, numpy and json have many for broken bytes
         raise ValueError(f"{path} is no checkpoint of esmeta: {error!s:.200}") from None
     return config, meta._replace(iteration=int(meta.iteration), env_steps=int(meta.env_steps))
