@@ -40,7 +40,7 @@ def read_log(folder):
         log = {name: np.array([float(row[name]) for row in rows]) for name in names}
     except (KeyError, TypeError, ValueError, csv.Error):  # a binary file decodes to ValueError too
         raise ValueError(f"{path} is no log of esmeta") from None
-    if "return_after" not in log:
+    if not log.keys() >= {"iteration", "return_before", "return_after", "env_steps", "seconds"}:
         raise ValueError(f"{path} has no iteration of esmeta")
     return log
 

@@ -58,7 +58,8 @@ def gains(stored, meta, updates, variants, crew):
     configs = {v: dataclasses.replace(stored, **parse(v)) for v in ["", *variants]}
     for variant, config in configs.items():
         jobs = [(config, meta, goal, i, updates, 1) for i, goal in enumerate(goals)]
-        returns = np.array([r for r, _ in crew.map(esmeta.evaluate_goal, jobs)])  # (10, updates + 1)
+        results = crew.map(esmeta.evaluate_goal, jobs)
+        returns = np.array([each for each, _ in results])  # (10, updates + 1)
         before, after = returns[:, 0], returns[:, -1]
         reference = after if reference is None else reference
         row = [before.mean(), after.mean(), (after - before).mean(), (after - reference).mean(),
