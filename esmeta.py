@@ -128,7 +128,7 @@ ITERATIONS = 100  # of a run (ours)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
 
 
-def make_config(task, paper=False, **explicit):
+def make_config(task=Config.task, paper=False, **explicit):
     """Config from defaults, the task's settings, PAPER if `paper`, then explicit values."""
     k = tasks.find_task(task).rollouts  # 40 on ant_dir, whose training takes 20 otherwise (ours)
     return Config(task=task, paper=paper, **{
@@ -242,10 +242,9 @@ def evaluate_worker(config, meta, worker):
     eps = rng.standard_normal(len(meta.mu_critic), np.float32)
     phi = meta.mu_critic + meta.sigma_critic * eps  # (P_c,) ~ N(mu_c, sigma_c^2)
     # no dynamics depend on the goal: all tasks share one exploration, with theta_bar beside it
-    run = rollout(config.task, np.vstack([theta, theta_bar]), [*starts, rng.integers(2**31)],
-                  normalise)
-    scored = [run.score(goal, bonus) for goal in goals]
-    value = state_values(theta_bar, phi, run.obs[:, :k], dims)  # (H + 1, K)
+    scored = rollout(config.task, np.vstack([theta, theta_bar]), [*starts, rng.integers(2**31)],
+                     normalise, goals, bonus)
+    value = state_values(theta_bar, phi, scored[0].obs[:, :k], dims)  # (H + 1, K)
     adapted = [adapt(theta_bar, phi, data.part(slice(k)), sigma, config, dims, rng, value)
                for data in scored]
     move = np.stack([actor for actor, _ in adapted]) - theta_bar  # (G, P)
@@ -258,7 +257,7 @@ def evaluate_worker(config, meta, worker):
     paid = np.array([data.returns(bonus) for data in scored])  # (G, K + 1)
     returns = np.array([paid[:, k].mean(), paid[:, :k].mean(), tests.returns(bonus).mean()])
     lived = np.any([data.valid for data in scored], axis=0)  # (H, K + 1)
-    seen = run.raw[:-1, :k][lived[:, :k]]  # (steps, obs)
+    seen = scored[0].raw[:-1, :k][lived[:, :k]]  # (steps, obs)
     obs_sums = np.array([np.full(dims.obs, len(seen)), seen.sum(axis=0), (seen**2).sum(axis=0)])
     return Result(d_mu, d_sigma, phi, -np.mean(errors), returns, obs_sums,
                   int(lived.sum() + tests.valid.sum()))
@@ -294,14 +293,14 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
     if config.paper:  # F_i: the return of the adapted theta_bar, raw, shared by the K
         task = np.repeat(np.arange(len(goals)), config.tests)
         starts = rng.integers(2**31, size=len(task))
-        tests = rollout(config.task, theta_bar + move[task], starts, normalise).score(
-            goals[task], config.alive_bonus)
+        [tests] = rollout(config.task, theta_bar + move[task], starts, normalise, [goals[task]],
+                          config.alive_bonus)
         return tests, task, np.mean(tests.returns())
     # F_ij: explorer j takes the step; test r of pair p is on task (p + r) mod G, from one start
     test, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + test) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
-    tests = rollout(config.task, theta[j] + move[task], starts, normalise).score(
-        goals[task], config.alive_bonus)
+    [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
+                      config.alive_bonus)
     return tests, task, centred_ranks(explorer_fitness(explored, tests.returns(), task))
 
 
@@ -387,6 +386,7 @@ class Trajectories(NamedTuple):
     """N episodes side by side, time first; what follows a termination is not valid."""
 
     obs: np.ndarray  # (H + 1, N, obs), normalised
+    raw: np.ndarray  # (H + 1, N, obs), as the environment gives it
     action: np.ndarray  # (H, N, act)
     reward: np.ndarray  # (H, N)
     terminated: np.ndarray  # (H, N): the task ended here; the horizon is no termination
@@ -593,43 +593,34 @@ def critic_backward(d_q, cache):
 # ---- rollouts: actors in environments in lockstep -------------------------------------------
 
 
-class Run(NamedTuple):
-    """N episodes not yet scored: no dynamics depend on the goal, so all tasks share them."""
+def rollout(task, theta, starts, normalise, goals, bonus=0.0, noise=None):
+    """Episodes of A actors theta (A, P) from N seeds `starts`, N / A in turn for each.
 
-    task: str
-    obs: np.ndarray  # (H + 1, N, obs), normalised
-    action: np.ndarray  # (H, N, act)
-    raw: np.ndarray  # (H + 1, N, obs), float64
-    velocity: np.ndarray  # (H, N), m/s
-    broken: np.ndarray  # (N,): the simulation diverged, so there is no return
-
-    def score(self, goal, bonus=0.0):
-        """Trajectories under `goal` (N, ..) or (..), a living step worth `bonus` more."""
-        reward, terminated = tasks.outcomes(self.task, self.raw[1:], self.action, self.velocity,
-                                            goal)
-        valid = np.ones_like(terminated)
-        valid[1:] = ~np.logical_or.accumulate(terminated)[:-1]
-        reward = np.where(self.broken, np.nan, reward + bonus).astype(self.obs.dtype)
-        return Trajectories(self.obs, self.action, reward, terminated, valid)
-
-
-def rollout(task, theta, starts, normalise):
-    """Episodes of A actors theta (A, P) from N seeds `starts`, N / A in turn for each -> Run."""
+    No dynamics depend on the goal: -> a list, the Trajectories under each of `goals`, (..) or
+    (N, ..), where a living step earns `bonus` more. `noise` (H, N, act) is added to the actions.
+    """
     dims, horizon, n = task_dims(task), tasks.TASKS[task].horizon, len(starts)
     # a robot that has fallen costs no more steps; where a point ends depends on its goal
     env = tasks.make_vec(task, n, freeze=tasks.TASKS[task].model is not None)
-    raw = np.empty((horizon + 1, n, dims.obs))
-    obs = np.empty((horizon + 1, n, dims.obs), theta.dtype)
-    action, velocity = np.empty((horizon, n, dims.act), theta.dtype), np.empty((horizon, n))
+    raw, velocity = np.empty((horizon + 1, n, dims.obs)), np.empty((horizon, n))
+    obs = np.empty(raw.shape, theta.dtype)
+    action = np.zeros((horizon, n, dims.act), theta.dtype) if noise is None else noise.copy()
     raw[0], _ = env.reset(seed=[int(seed) for seed in starts])
     obs[0] = normalise(raw[0])
     for t in range(horizon):
         a, _ = actor_forward(theta, obs[t].reshape(len(theta), -1, dims.obs), dims)
-        action[t] = a.reshape(n, dims.act)
+        action[t] += a.reshape(n, dims.act)
         env.advance(action[t], raw[t + 1])
         obs[t + 1] = normalise(raw[t + 1])
         velocity[t] = env.velocity()
-    return Run(task, obs, action, raw, velocity, env.unstable())
+    scored, clipped, broken = [], action.clip(-1, 1), env.unstable()
+    for goal in goals:
+        reward, terminated = tasks.outcomes(task, raw[1:], clipped, velocity, goal)
+        reward = np.where(broken, np.nan, reward + bonus).astype(obs.dtype)
+        valid = np.ones_like(terminated)
+        valid[1:] = ~np.logical_or.accumulate(terminated)[:-1]
+        scored.append(Trajectories(obs, raw, action, reward, terminated, valid))
+    return scored
 
 
 def make_normaliser(meta, config):
@@ -671,23 +662,18 @@ class Crew(contextlib.AbstractContextManager):
         for _ in range(3):
             if self.pool is None:
                 self.open(n)
-            results = self.attempt(function, jobs)
-            if results is not None:
-                return results
+            handles = [self.pool.apply_async(function, job) for job in jobs]
+            while waiting := [handle for handle in handles if not handle.ready()]:
+                show_progress(len(jobs) - len(waiting), len(jobs))
+                if any(member.exitcode is not None for member in self.members):
+                    break  # a Pool would wait for its job for ever
+                waiting[0].wait(0.05)
+            else:
+                with contextlib.suppress(*self.lost_errors):
+                    return [handle.get() for handle in handles]
             self.__exit__()
         raise RuntimeError("a worker process died in each of three attempts at one iteration "
                            "(a script must train under `if __name__ == \"__main__\":`)")
-
-    def attempt(self, function, jobs):
-        """The results, or None where a process died, for whose job a Pool would wait for ever."""
-        handles = [self.pool.apply_async(function, job) for job in jobs]
-        while waiting := [handle for handle in handles if not handle.ready()]:
-            show_progress(len(jobs) - len(waiting), len(jobs))
-            if any(member.exitcode is not None for member in self.members):
-                return None
-            waiting[0].wait(0.05)
-        with contextlib.suppress(*self.lost_errors):
-            return [handle.get() for handle in handles]
 
     def open(self, n):
         """Start a pool of n processes, and note which they are."""
@@ -793,9 +779,6 @@ def load_checkpoint(path):
         if stored["version"] != VERSION:
             raise ValueError(f"version {stored['version']}, not {VERSION}")
         config = Config(**stored["config"])
-        for a, b in zip(meta, map(np.asarray, initial_state(config))):
-            if (a.shape, a.dtype) != (b.shape, b.dtype) or not np.isfinite(a).all():
-                raise ValueError(f"an array {a.shape} is not what a run writes")
     except Exception as error:  # zipfile, zlib, numpy and json have many for broken bytes
         raise ValueError(f"{path} is no checkpoint of esmeta: {error!s:.200}") from None
     return config, meta._replace(iteration=int(meta.iteration), env_steps=int(meta.env_steps))
@@ -813,7 +796,7 @@ def evaluate_goal(config, meta, goal, index, updates, seed):
     for update in range(updates):
         rng = generator(EVAL, seed, index + 1, update + 1)
         theta, starts = sample_explorers(actors[-1], meta.sigma_actor, config, rng)
-        data = rollout(config.task, theta, starts, normalise).score(goal, config.alive_bonus)
+        [data] = rollout(config.task, theta, starts, normalise, [goal], config.alive_bonus)
         if not (explored := data.returns().mean()) < best:
             best, better = explored, (theta.mean(axis=0), phi, data)
         step = tasks.TASKS[config.task].shrink ** update * config.actor_step
@@ -821,7 +804,7 @@ def evaluate_goal(config, meta, goal, index, updates, seed):
                            task_dims(config.task), rng)
         actors.append(actor)
     starts = generator(EVAL, seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)  # for all goals
-    returns = [rollout(config.task, actor[None], starts, normalise).score(goal).returns().mean()
+    returns = [rollout(config.task, actor[None], starts, normalise, [goal])[0].returns().mean()
                for actor in actors]
     return np.array(returns), np.array(actors)
 
@@ -922,26 +905,21 @@ def make_parser():
     return parser
 
 
-def run(argv):
-    """Do what the command line says; ValueError for what it should not say."""
-    given = vars(make_parser().parse_args(argv))
-    if "eval" in given:
-        if wrong := given.keys() - {"eval", "updates", "rollouts", "processes"}:
-            raise ValueError(f"--eval takes no --{min(wrong).replace('_', '-')}")
-        return report_eval(given.pop("eval"), **given)
-    if "updates" in given:
-        raise ValueError("--updates needs --eval")
-    settings = {field.name for field in dataclasses.fields(Config)} & given.keys()
-    config = make_config(**{"task": Config.task, **{name: given.pop(name) for name in settings}})
-    train(config, **given)
-
-
 def main(argv=None):
     """The program: -> exit status 0; 2 bad input; 1 disk or run failed; 130, 143 interrupted."""
     previous = {s: signal.signal(s, lambda signum, _: SIGNALS.append(signum))
                 for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run(argv)
+        given = vars(make_parser().parse_args(argv))
+        if "eval" in given:
+            if wrong := given.keys() - {"eval", "updates", "rollouts", "processes"}:
+                raise ValueError(f"--eval takes no --{min(wrong).replace('_', '-')}")
+            report_eval(given.pop("eval"), **given)
+        elif "updates" in given:
+            raise ValueError("--updates needs --eval")
+        else:
+            fields = {field.name for field in dataclasses.fields(Config)} & given.keys()
+            train(make_config(**{name: given.pop(name) for name in fields}), **given)
     except SystemExit as end:
         if end.code in (130, 143):
             print("\nesmeta: stopped; with --resume and the same flags a training goes on",

@@ -31,13 +31,13 @@ def a2c_gradient(theta, obs, action, advantage, std, dims):
     return esmeta.actor_backward(d_mean, cache)
 
 
-def adapt(theta, phi, data, action, sigma, config, dims, rng):
+def adapt(theta, phi, data, sigma, config, dims, rng):
     """One step of A2C on K trajectories: fit V to n-step returns, step along the policy gradient.
 
-    theta, sigma (P,), phi (P_c,), data (H, K), its actions before they were cut (H, K, act)
-    -> adapted theta (P,), phi (P_c,). V(s) = Q_phi(s, actor(theta, s)).
+    theta, sigma (P,), phi (P_c,), data (H, K) -> adapted theta (P,), phi (P_c,).
+    V(s) = Q_phi(s, actor(theta, s)).
     """
-    obs, action = data.obs[:-1][data.valid], action[data.valid]  # (B, obs), (B, act)
+    obs, action = data.obs[:-1][data.valid], data.action[data.valid]  # (B, obs), (B, act)
     # the critic starts from the right mean, as in esmeta.adapt
     offset = data.reward[data.valid].mean() / (1 - config.gamma) - phi[-1]
     phi = np.append(phi[:-1], phi[-1] + offset)
@@ -54,25 +54,17 @@ def adapt(theta, phi, data, action, sigma, config, dims, rng):
     return theta + sigma * direction * (config.actor_step / length), phi
 
 
-def explore(theta, config, normalise, rng):
+def explore(theta, goals, config, normalise, rng):
     """K episodes of the policy of theta (P,), then one of the actor without noise.
 
-    -> Run with actions cut as the environment does, and the actions as drawn (H, K + 1, act).
+    -> Trajectories under each of `goals`; their actions are those that the policy drew.
     """
-    task, dims, n = tasks.TASKS[config.task], esmeta.task_dims(config.task), config.rollouts + 1
-    action = ACTION_STD * rng.standard_normal((task.horizon, n, task.act), np.float32)
-    action[:, -1] = 0
-    env = tasks.make_vec(task.name, n, freeze=task.model is not None)
-    raw = np.empty((task.horizon + 1, n, task.obs))
-    obs, velocity = np.empty(raw.shape, theta.dtype), np.empty((task.horizon, n))
-    raw[0], _ = env.reset(seed=[int(seed) for seed in rng.integers(2**31, size=n)])
-    obs[0] = normalise(raw[0])
-    for t in range(task.horizon):
-        action[t] += actor_forward(theta, obs[t], dims)[0]  # ~ N(actor(theta, s), ACTION_STD^2)
-        env.advance(action[t], raw[t + 1])
-        obs[t + 1] = normalise(raw[t + 1])
-        velocity[t] = env.velocity()
-    return esmeta.Run(task.name, obs, action.clip(-1, 1), raw, velocity, env.unstable()), action
+    task, n = tasks.TASKS[config.task], config.rollouts + 1
+    noise = ACTION_STD * rng.standard_normal((task.horizon, n, task.act), np.float32)
+    noise[:, -1] = 0
+    starts = rng.integers(2**31, size=n)
+    return esmeta.rollout(task.name, theta[None], starts, normalise, goals, config.alive_bonus,
+                          noise)
 
 
 class Population(esmeta.Crew):
@@ -99,18 +91,17 @@ def evaluate_worker(config, meta, worker):
                   for mu, sigma in (meta[:2], meta[2:4]))  # (P,), (P_c,) ~ N(mu, sigma^2)
     each = math.ceil(config.tests * k / len(goals))  # tests of a task
     starts = rng.integers(2**31, size=each * len(goals))  # drawn before what depends on theta
-    run, action = explore(theta, config, normalise, rng)
-    scored = [run.score(goal, bonus) for goal in goals]
-    adapted = [adapt(theta, phi, data.part(slice(k)), action[:, :k], meta.sigma_actor, config,
-                     dims, rng) for data in scored]
-    tests = esmeta.rollout(config.task, np.stack([actor for actor, _ in adapted]), starts,
-                           normalise).score(goals.repeat(each, axis=0), bonus)
+    scored = explore(theta, goals, config, normalise, rng)
+    adapted = [adapt(theta, phi, data.part(slice(k)), meta.sigma_actor, config, dims, rng)
+               for data in scored]
+    [tests] = esmeta.rollout(config.task, np.stack([actor for actor, _ in adapted]), starts,
+                             normalise, [goals.repeat(each, axis=0)], bonus)
     errors = [esmeta.critic_error(*adapted[g], tests.part(slice(g * each, (g + 1) * each)), config,
                                   dims) for g in range(len(goals))]
     paid = np.array([data.returns(bonus) for data in scored])  # (G, K + 1)
     returns = np.array([paid[:, k].mean(), paid[:, :k].mean(), tests.returns(bonus).mean()])
     lived = np.any([data.valid for data in scored], axis=0)  # (H, K + 1)
-    seen = run.raw[:-1][lived]  # (steps, obs)
+    seen = scored[0].raw[:-1][lived]  # (steps, obs)
     obs_sums = np.array([np.full(dims.obs, len(seen)), seen.sum(axis=0), (seen**2).sum(axis=0)])
     # sqrt(K) makes steps, which are mostly noise, as long as esmeta's at the same rates: Eq. 10's
     # sum over j has one term here, and esmeta.ascend divides by K
@@ -139,17 +130,17 @@ def evaluate_goal(config, meta, goal, index, updates):
     phi, actors = meta.mu_critic, [meta.mu_actor]
     for update in range(updates):
         rng = esmeta.generator(esmeta.EVAL, 0, index + 1, update + 1)
-        run, action = explore(actors[-1], config, normalise, rng)
-        data = run.score(goal, config.alive_bonus).part(slice(k))
+        data = explore(actors[-1], [goal], config, normalise, rng)[0].part(slice(k))
         if not (explored := data.returns().mean()) < best:
-            best, better = explored, (actors[-1], phi, data, action[:, :k])
+            best, better = explored, (actors[-1], phi, data)
         step = tasks.TASKS[config.task].shrink ** update * config.actor_step
         actor, phi = adapt(*better, meta.sigma_actor, dataclasses.replace(config, actor_step=step),
                            esmeta.task_dims(config.task), rng)
         actors.append(actor)
     starts = esmeta.generator(esmeta.EVAL, 0, 0, 0).integers(2**31, size=esmeta.EVAL_ROLLOUTS)
-    tests = [esmeta.rollout(config.task, actor[None], starts, normalise) for actor in actors]
-    return np.array([run.score(goal).returns().mean() for run in tests])
+    return np.array([
+        esmeta.rollout(config.task, actor[None], starts, normalise, [goal])[0].returns().mean()
+        for actor in actors])
 
 
 def report_eval(path, updates=1, processes=None):

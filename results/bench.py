@@ -85,12 +85,13 @@ class Episodes:
         self.theta, self.starts = esmeta.sample_explorers(
             meta.mu_actor, meta.sigma_actor, dataclasses.replace(config, rollouts=k), rng)
         self.name, self.normalise = config.task, esmeta.make_normaliser(meta, config)
-        self.run = self.closed_loop()
-        self.lengths = self.run.score(tasks.test_goals(self.name)[0]).valid.sum(axis=0)  # (K,)
+        self.data = self.closed_loop()
+        self.lengths = self.data.valid.sum(axis=0)  # (K,)
 
     def closed_loop(self):
         """The rollout that training does, its environment made anew."""
-        return esmeta.rollout(self.name, self.theta, self.starts, self.normalise)
+        goal = tasks.test_goals(self.name)[0]
+        return esmeta.rollout(self.name, self.theta, self.starts, self.normalise, [goal])[0]
 
     def c_loop(self):
         """The function that replays the living steps by mj_step in a loop in C, nothing else."""
@@ -100,7 +101,7 @@ class Episodes:
         info = env.reset(seed=self.starts.tolist())[1]
         # mjSTATE_FULLPHYSICS of these models is time, qpos, qvel; bit for bit the rollout's states
         start = np.hstack([np.zeros((len(self.starts), 1)), info["qpos"], info["qvel"]])
-        control = np.clip(self.run.action, -1, 1).astype(float).swapaxes(0, 1)  # (K, H, act)
+        control = np.clip(self.data.action, -1, 1).astype(float).swapaxes(0, 1)  # (K, H, act)
         groups = [(start[self.lengths == n], control[self.lengths == n, :n].copy())
                   for n in np.unique(self.lengths)]
         return lambda: [mujoco.rollout.rollout(model, data, *group) for group in groups]
@@ -108,7 +109,7 @@ class Episodes:
     def sync(self, make):
         """The function that steps a SyncVectorEnv with the actions; what has fallen, it resets."""
         envs = gymnasium.vector.SyncVectorEnv([make] * len(self.starts))
-        return lambda: (envs.reset(seed=0), [envs.step(action) for action in self.run.action])
+        return lambda: (envs.reset(seed=0), [envs.step(action) for action in self.data.action])
 
 
 def profile(job):
@@ -170,7 +171,7 @@ def real_state(config):
         return esmeta.load_checkpoint(path)[1], f"policy of {path.name}"
     except ValueError:  # none, or of another version
         meta = esmeta.initial_state(config)
-        raw = Episodes(config, meta, 20).run.raw.reshape(-1, meta.obs_sums.shape[1])
+        raw = Episodes(config, meta, 20).data.raw.reshape(-1, meta.obs_sums.shape[1])
         sums = np.array([np.full(raw.shape[1], len(raw)), raw.sum(axis=0), (raw**2).sum(axis=0)])
         return meta._replace(obs_sums=sums), "untrained policy"
 

@@ -194,17 +194,17 @@ def rollout(name, theta, goal, starts, noise):
     """Trajectories from K seeds `starts` with actions mean + std noise: noise (H, K, act)."""
     theta, dims = torch.tensor(theta), esmeta.task_dims(name)
     env = tasks.make_vec(name, len(starts), freeze=True)
-    obs, _ = env.reset(seed=starts.tolist(), options={"goal": [goal] * len(starts)})
+    obs = [env.reset(seed=starts.tolist(), options={"goal": [goal] * len(starts)})[0]]
     steps, valid = [], np.ones(len(starts), bool)
     for eps in noise:
-        s = obs.astype(np.float32)
-        pi = policy(theta, torch.tensor(s), dims)
+        pi = policy(theta, torch.tensor(obs[-1].astype(np.float32)), dims)
         action = (pi.loc + pi.scale * torch.tensor(eps)).numpy()
-        obs, reward, terminated, _, _ = env.step(action)
-        steps.append((s, action, reward, terminated, valid))
+        new, reward, terminated, _, _ = env.step(action)
+        obs.append(new)
+        steps.append((action, reward, terminated, valid))
         valid = valid & ~terminated
-    s, *others = map(np.stack, zip(*steps))
-    return esmeta.Trajectories(np.concatenate([s, obs[None].astype(np.float32)]), *others)
+    raw = np.stack(obs)
+    return esmeta.Trajectories(raw.astype(np.float32), raw, *map(np.stack, zip(*steps)))
 
 
 def inner_loop(name, theta, goal, rng, rates, k):
