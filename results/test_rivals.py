@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
+import tasks
 from esmeta import Dims
 from results import baldwin, maml
 
@@ -38,6 +39,20 @@ def test_baldwin_a2c_gradient_is_that_of_the_log_likelihood_times_the_advantage(
         numeric[i] = (up - down) / 2e-6
     exact = baldwin.a2c_gradient(theta, obs, action, advantage, std, dims)
     np.testing.assert_allclose(exact, numeric, rtol=1e-6, atol=1e-6 * (1 + np.abs(numeric).max()))
+
+
+def test_baldwin_earns_what_the_environment_pays_for_the_actions_that_it_drew():
+    config, rng = esmeta.make_config("cheetah_vel", rollouts=2), np.random.default_rng(0)
+    theta = esmeta.initial_state(config).mu_actor
+    [data] = baldwin.explore(theta, [0.5], config, lambda obs: obs, rng)
+    noisy, still = np.abs(data.action[:, :2]), np.abs(data.action[:, 2])
+    assert noisy.max() > 1 > still.max()
+    rng = np.random.default_rng(0)
+    rng.standard_normal(data.action.shape, np.float32)
+    env = tasks.make_vec("cheetah_vel", 3, goal=0.5)
+    env.reset(seed=rng.integers(2**31, size=3).tolist())
+    for action, reward in zip(data.action, data.reward):
+        np.testing.assert_allclose(reward, env.step(action)[1], rtol=1e-6)
 
 
 def test_baldwin_has_the_same_bits_for_any_processes_and_after_a_resume(tmp_path):
