@@ -175,8 +175,7 @@ def main(argv=None):
             report_eval(given.pop("eval"), **given)
         else:
             settings = {name: given.pop(name) for name in fields & given.keys()}
-            config = esmeta.make_config(**{"task": esmeta.Config.task, **settings})
-            train(config, **given)
+            train(esmeta.make_config(**settings), **given)
     except (ValueError, OSError, RuntimeError) as error:
         print("baldwin: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
