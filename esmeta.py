@@ -36,7 +36,6 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import importlib.util
 import io
 import json
@@ -126,6 +125,8 @@ TARGET_TAU = 1e-3  # share that the paper's target networks move (Lillicrap et a
 OBS_CLIP = 5.0  # of normalised observations: the ant's rare contact forces have tiny variances
 ITERATIONS = 100  # of a run (ours)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
+VERSION = 3  # of checkpoints
+INIT, GOALS, WORKER, EVAL = range(4)  # kinds of work, of a generator's key
 
 
 def make_config(task=Config.task, paper=False, **explicit):
@@ -133,9 +134,6 @@ def make_config(task=Config.task, paper=False, **explicit):
     k = tasks.find_task(task).rollouts  # 40 on ant_dir, whose training takes 20 otherwise (ours)
     return Config(task=task, paper=paper, **{
         **TASK_SETTINGS.get(task, {}), **(dict(PAPER, rollouts=k) if paper else {}), **explicit})
-
-
-INIT, GOALS, WORKER, EVAL = range(4)  # kinds of work, of a generator's key
 
 
 def generator(kind, seed, iteration, index):
@@ -194,7 +192,8 @@ def train(config, iterations=ITERATIONS, processes=None, out=None, resume=False,
     if iterations < 0:
         raise ValueError(f"iterations must be at least 0, not {iterations}")
     out = Path(out or f"runs/{config.task}-seed{config.seed}")
-    with Crew(processes, pool) as crew, open_run(out, config, resume) as meta:
+    with Crew(processes, pool) as crew:
+        meta = open_run(out, config, resume)
         while meta.iteration < iterations:
             begin = time.monotonic()
             meta, row, failed = iterate(config, meta, crew)
@@ -202,8 +201,9 @@ def train(config, iterations=ITERATIONS, processes=None, out=None, resume=False,
             with open(out / "log.csv", "a") as log:  # a resume drops rows after the checkpoint's
                 log.write(csv_line(row.values()))
             save_checkpoint(out / "checkpoint.npz", config, meta)
-            say(status_line(row, iterations, failed))
-    say(f"{out} has {meta.iteration} iterations; meta-test: ./run.sh --eval {out} --updates 3")
+            print(f"{meta.iteration}/{iterations}", f"failed {failed} " * bool(failed) + " ".join(
+                f"{name} {value:.4g}" for name, value in [*row.items()][1:]), flush=True)
+    print(f"{out} has {meta.iteration} iterations; meta-test: ./run.sh --eval {out} --updates 3")
     return meta
 
 
@@ -646,8 +646,7 @@ class Crew(contextlib.AbstractContextManager):
         self.processes = cores if processes is None else processes
         self.kind, self.pool = kind, None
         if not 1 <= self.processes <= 4096 or kind not in ("local", "ray"):
-            raise ValueError("processes must be from 1 to 4096, pool local or ray, not "
-                             f"{processes}, {kind!r}")
+            raise ValueError(f"not 1 to 4096 processes, local or ray: {processes}, {kind!r}")
         if kind == "ray" and importlib.util.find_spec("ray") is None:
             raise ValueError("--pool ray needs ray: pip install ray")
 
@@ -656,7 +655,7 @@ class Crew(contextlib.AbstractContextManager):
         n, results = min(self.processes, len(jobs)), []
         if n <= 1 and self.kind == "local":
             for job in jobs:
-                show_progress(len(results), len(jobs))
+                stop_if_asked()
                 results.append(function(*job))
             return results
         for _ in range(3):
@@ -664,7 +663,7 @@ class Crew(contextlib.AbstractContextManager):
                 self.open(n)
             handles = [self.pool.apply_async(function, job) for job in jobs]
             while waiting := [handle for handle in handles if not handle.ready()]:
-                show_progress(len(jobs) - len(waiting), len(jobs))
+                stop_if_asked()
                 if any(member.exitcode is not None for member in self.members):
                     break  # a Pool would wait for its job for ever
                 waiting[0].wait(0.05)
@@ -712,36 +711,28 @@ class Crew(contextlib.AbstractContextManager):
                 member.join(5)
 
 
-@contextlib.contextmanager
 def open_run(out, config, resume):
-    """Hold a run directory for this process alone, cut its log.csv: -> the state to go on from."""
+    """Make or check a run directory, cut its log.csv: -> the state to go on from."""
     log, checkpoint = out / "log.csv", out / "checkpoint.npz"
     if out.exists() and not out.is_dir() or resume and not out.exists():
         raise ValueError(f"{out} is no run directory")
     if checkpoint.exists() and not resume:
         raise ValueError(f"{out} holds a run: --resume continues it, --out names another place")
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {out}") from None
-        meta = initial_state(config)
-        if checkpoint.exists():
-            stored, meta = load_checkpoint(checkpoint)
-            for name, value in dataclasses.asdict(stored).items():
-                if getattr(config, name) != value:
-                    raise ValueError(f"{out} was trained with another {name}, {value!r}")
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        rows = lines[1 : meta.iteration + 1]
-        if [row.split(",")[0] for row in rows] != [str(i) for i in range(meta.iteration)]:
-            raise ValueError(f"{log} has not the {meta.iteration} rows that its checkpoint has")
-        if lines[1:] and not checkpoint.exists():
-            raise ValueError(f"{log} has rows and no checkpoint beside it")
-        replace_file(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-        replace_file(log, "\n".join([",".join(LOG_COLUMNS), *rows, ""]))
-        save_checkpoint(checkpoint, config, meta)
-        yield meta
+    meta = initial_state(config)
+    if checkpoint.exists():
+        stored, meta = load_checkpoint(checkpoint)
+        for name, value in dataclasses.asdict(stored).items():
+            if getattr(config, name) != value:
+                raise ValueError(f"{out} was trained with another {name}, {value!r}")
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    rows = lines[1 : meta.iteration + 1 if checkpoint.exists() else None]
+    if [row.split(",")[0] for row in rows] != [str(i) for i in range(meta.iteration)]:
+        raise ValueError(f"{log} has not the {meta.iteration} rows of {checkpoint}")
+    replace_file(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    replace_file(log, "\n".join([",".join(LOG_COLUMNS), *rows, ""]))
+    save_checkpoint(checkpoint, config, meta)
+    return meta
 
 
 def csv_line(values):
@@ -754,9 +745,6 @@ def replace_file(path, content):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
-
-
-VERSION = 3  # of checkpoints
 
 
 def save_checkpoint(path, config, meta):
@@ -787,21 +775,17 @@ def load_checkpoint(path):
 def evaluate_goal(config, meta, goal, index, updates, seed):
     """Meta-test on the goal of that index, before and after each of U updates.
 
-    An update whose explorers earn less than those before it is undone: the next one starts from
-    the better actor, its critic and its trajectories. Each step is `shrink` times the last one.
+    Each has fresh explorers and a step `shrink` times as long as the one before.
     -> mean returns of EVAL_ROLLOUTS episodes (U + 1,), the actors that made them (U + 1, P).
     """
     normalise, phi, actors = make_normaliser(meta, config), meta.mu_critic, [meta.mu_actor]
-    best = -np.inf
     for update in range(updates):
         rng = generator(EVAL, seed, index + 1, update + 1)
         theta, starts = sample_explorers(actors[-1], meta.sigma_actor, config, rng)
         [data] = rollout(config.task, theta, starts, normalise, [goal], config.alive_bonus)
-        if not (explored := data.returns().mean()) < best:
-            best, better = explored, (theta.mean(axis=0), phi, data)
         step = tasks.TASKS[config.task].shrink ** update * config.actor_step
-        actor, phi = adapt(*better, meta.sigma_actor, dataclasses.replace(config, actor_step=step),
-                           task_dims(config.task), rng)
+        actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, dataclasses.replace(
+            config, actor_step=step), task_dims(config.task), rng)
         actors.append(actor)
     starts = generator(EVAL, seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)  # for all goals
     returns = [rollout(config.task, actor[None], starts, normalise, [goal])[0].returns().mean()
@@ -837,41 +821,14 @@ def report_eval(path, updates=1, processes=None, rollouts=None):
             for u, values in enumerate(returns) for goal, value in zip(goals, values)]
     replace_file(folder / (f"eval-K{rollouts}.csv" if rollouts else "eval.csv"),
                  "".join(map(csv_line, [("task", "goal", "updates", "return"), *rows])))
-    groups = {"mean": np.ones(len(goals), bool)}
-    if tasks.TASKS[name].direction:
-        groups |= {"forward": goals > 0, "backward": goals < 0}
-    heads = ["before", *(f"after {u}" for u in range(1, updates + 1))]
-    say(f"{name:<12}" + "".join(f"{head:>18}" for head in heads))
-    for label, chosen in groups.items():  # 95 % intervals over goals
-        say(f"{label:<12}" + "".join(f"{np.mean(x):10.1f} +- {1.96 * np.std(x) / len(x)**0.5:4.1f}"
-                                     for x in returns[:, chosen]))
+    print(f"{name}, mean return before and after each update:",
+          *(f"{mean:.1f}" for mean in returns.mean(axis=1)))
 
 
-def say(text, passing=False):
-    """Print a text; a passing line on a terminal only, where the next one overwrites it."""
-    terminal = getattr(sys.stdout, "isatty", lambda: False)()  # None where stdout is closed
-    try:
-        if terminal or not passing:
-            print("\r\033[K" * terminal + text, end="" if passing else "\n", flush=True)
-    except BrokenPipeError:  # a reader that has gone is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def show_progress(done, total):
-    """A bar of finished jobs; SystemExit, so that every `with` cleans up, if a signal has come."""
-    say(f"{'#' * (40 * done // total):.<40} {done}/{total}", passing=True)
+def stop_if_asked():
+    """Raise SystemExit, so that every `with` cleans up, where a signal has come."""
     if SIGNALS:
         raise SystemExit(128 + SIGNALS[0])
-
-
-def status_line(row, iterations, failed):
-    """An iteration in one line."""
-    iteration, before, explorers, after, critic, sigma, ratio, steps, seconds = row.values()
-    minutes = int(seconds * (iterations - iteration - 1) / 60)
-    return (f"{iteration + 1}/{iterations} " + f"failed {failed} " * bool(failed)
-            + f"returns {before:.4g} {explorers:.4g} {after:.4g} critic {critic:.3g}"
-            f" sigma {sigma:.3g} ratio {ratio:.2g} {steps / 1e6:.4g}M {seconds:.3g}s left "
-            f"{minutes // 60}:{minutes % 60:02d}")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -113,7 +113,8 @@ def evaluate_worker(config, meta, worker):
 def train(config, iterations=esmeta.ITERATIONS, processes=None, out=None, resume=False):
     """esmeta.train with a Population: log.csv and a checkpoint after each iteration."""
     out = Path(out or f"runs/{config.task}-baldwin-seed{config.seed}")
-    with Population(processes) as crew, esmeta.open_run(out, config, resume) as meta:
+    with Population(processes) as crew:
+        meta = esmeta.open_run(out, config, resume)
         while meta.iteration < iterations:
             begin = time.monotonic()
             meta, row, failed = esmeta.iterate(config, meta, crew)
@@ -121,21 +122,19 @@ def train(config, iterations=esmeta.ITERATIONS, processes=None, out=None, resume
             with open(out / "log.csv", "a") as log:
                 log.write(esmeta.csv_line(row.values()))
             esmeta.save_checkpoint(out / "checkpoint.npz", config, meta)
-            esmeta.say(esmeta.status_line(row, iterations, failed))
+            print(*(f"{name} {value:.4g}" for name, value in row.items()), "failed", failed, flush=True)
 
 
 def evaluate_goal(config, meta, goal, index, updates):
     """esmeta.evaluate_goal with A2C: mean returns of mu before and after each update, (U + 1,)."""
-    normalise, k, best = esmeta.make_normaliser(meta, config), config.rollouts, -np.inf
+    normalise, k = esmeta.make_normaliser(meta, config), config.rollouts
     phi, actors = meta.mu_critic, [meta.mu_actor]
     for update in range(updates):
         rng = esmeta.generator(esmeta.EVAL, 0, index + 1, update + 1)
         data = explore(actors[-1], [goal], config, normalise, rng)[0].part(slice(k))
-        if not (explored := data.returns().mean()) < best:
-            best, better = explored, (actors[-1], phi, data)
         step = tasks.TASKS[config.task].shrink ** update * config.actor_step
-        actor, phi = adapt(*better, meta.sigma_actor, dataclasses.replace(config, actor_step=step),
-                           esmeta.task_dims(config.task), rng)
+        actor, phi = adapt(actors[-1], phi, data, meta.sigma_actor, dataclasses.replace(
+            config, actor_step=step), esmeta.task_dims(config.task), rng)
         actors.append(actor)
     starts = esmeta.generator(esmeta.EVAL, 0, 0, 0).integers(2**31, size=esmeta.EVAL_ROLLOUTS)
     return np.array([
@@ -155,7 +154,7 @@ def report_eval(path, updates=1, processes=None):
             for u, values in enumerate(returns) for goal, value in zip(goals, values)]
     esmeta.replace_file(Path(path) / "eval.csv", "".join(map(
         esmeta.csv_line, [("task", "goal", "updates", "return"), *rows])))
-    esmeta.say(f"{config.task} before and after updates: {returns.mean(axis=1).round(1).tolist()}")
+    print(f"{config.task} before and after updates: {returns.mean(axis=1).round(1).tolist()}")
 
 
 def main(argv=None):

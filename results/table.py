@@ -90,7 +90,7 @@ def main():
     try:
         for title, table in (("README.md", results_table), ("results/README.md: returns",
                              returns_table), ("results/README.md: cost", cost_table)):
-            esmeta.say("\n".join([f"# {title}", "", *table(), ""]))
+            print("\n".join([f"# {title}", "", *table(), ""]))
     except (ValueError, OSError) as error:
         print(f"results.table: error: {error}", file=sys.stderr)
         return 2
