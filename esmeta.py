@@ -600,8 +600,8 @@ def rollout(task, theta, starts, normalise, goals, bonus=0.0, noise=None):
     (N, ..), where a living step earns `bonus` more. `noise` (H, N, act) is added to the actions.
     """
     dims, horizon, n = task_dims(task), tasks.TASKS[task].horizon, len(starts)
-    # a robot that has fallen costs no more steps; where a point ends depends on its goal
-    env = tasks.make_vec(task, n, freeze=tasks.TASKS[task].model is not None)
+    # an ant that has fallen costs no more steps; where a point ends depends on its goal
+    env = tasks.make_vec(task, n, freeze=tasks.TASKS[task].model == "ant.xml")
     raw, velocity = np.empty((horizon + 1, n, dims.obs)), np.empty((horizon, n))
     obs = np.empty(raw.shape, theta.dtype)
     action = np.zeros((horizon, n, dims.act), theta.dtype) if noise is None else noise.copy()

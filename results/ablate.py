@@ -18,7 +18,7 @@ TABLE = Path(__file__).parent / "ablations.csv"
 HEADER = "task,iterations,seeds,setting,return_after,range"
 VARIANTS = [
     "", "momentum=0", "tests=2", "sigma=0.02", "sigma=0.045", "goals=2", "goals=8",
-    "lr_mu_critic=0", "lr_sigma_actor=0 lr_sigma_critic=0", "half_life=0"]
+    "lr_mu_critic=0", "lr_sigma_actor=0 lr_sigma_critic=0"]
 
 
 def final_return(config, iterations, crew):
@@ -48,7 +48,7 @@ def main(argv=None):
     parser = esmeta.OneLineParser("results.ablate", description=__doc__)
     parser.add_argument("variant", nargs="*", help="settings; none: VARIANTS")
     parser.add_argument("--task", default="cheetah_vel")
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, help="default: the cores")
     try:

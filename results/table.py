@@ -11,7 +11,7 @@ import esmeta
 import numpy as np
 import tasks
 from results import figures
-from results.figures import TASKS, published, read_eval, read_log, steps_once_a_task
+from results.figures import RIVALS, TASKS, published, read_eval, read_log, steps_once_a_task
 
 find_runs = functools.cache(figures.find_runs)  # it says what is missing, once
 PAPER = {"cheetah_vel": '"better results than MAML", no number', "cheetah_dir": "400",
@@ -28,9 +28,14 @@ def head(*names):
     return row(names), "|---" * len(names) + "|"
 
 
-def meta_tests(task, name="eval.csv"):
+def minutes_worked(log):
+    """Minutes until the end of each iteration: a run that was stopped did not work in that time."""
+    return np.minimum(log["seconds"], 2 * np.median(log["seconds"])).cumsum() / 60
+
+
+def meta_tests(task, name="eval.csv", variant=""):
     """What there is of a task's meta-tests: folder, goals (n,) and returns (updates + 1, n)."""
-    for folder in find_runs(task):
+    for folder in find_runs(task, variant):
         tested = read_eval(folder, task, name)
         if tested and len(tested[1]) < 4:
             raise ValueError(f"{folder / name} has fewer than 3 updates")
@@ -76,20 +81,33 @@ def cost_table():
     for task in TASKS:
         for folder in find_runs(task):
             log, once = read_log(folder), steps_once_a_task(folder)[-1]
-            # a run that was stopped for a while did not work in that time
-            seconds = np.minimum(log["seconds"], 2 * np.median(log["seconds"]))
-            steps, minutes = log["env_steps"][-1] / 1e6, seconds.cumsum() / 60
+            steps, minutes = log["env_steps"][-1] / 1e6, minutes_worked(log)
             reached = minutes[log["return_after"] >= published(task)]
             yield row([f"`{folder.name}`", len(minutes), f"{steps:.1f}",
                        f"{once:.0f}", f"{minutes[-1]:.0f}",
                        f"{reached[0]:.1f}" if len(reached) else "not reached"])
 
 
+def rivals_table():
+    """A row for each method that was run on a task: means over its seeds."""
+    yield from head("task", "method", "seeds", "counted once a task, M", "minutes", "1 update",
+                    "2 updates", "3 updates")
+    for task in TASKS:
+        for variant, label in ("", "ESMeta"), *(rival[:2] for rival in RIVALS):
+            if tests := [*meta_tests(task, variant=variant)]:
+                steps, minutes = np.mean([(steps_once_a_task(folder)[-1], minutes_worked(
+                    read_log(folder))[-1]) for folder, *_ in tests], axis=0)
+                means = np.mean([returns.mean(axis=1) for *_, returns in tests], axis=0)
+                yield row([f"`{task}`", label, len(tests), f"{steps:.0f}", f"{minutes:.0f}",
+                           *(f"{mean:.1f}" for mean in means[1:4])])
+
+
 def main():
     """Print all tables; exit status 2 and one line where a run's files are broken."""
     try:
         for title, table in (("README.md", results_table), ("results/README.md: returns",
-                             returns_table), ("results/README.md: cost", cost_table)):
+                             returns_table), ("results/README.md: cost", cost_table),
+                             ("results/README.md: rivals", rivals_table)):
             print("\n".join([f"# {title}", "", *table(), ""]))
     except (ValueError, OSError) as error:
         print(f"results.table: error: {error}", file=sys.stderr)
