@@ -238,9 +238,8 @@ def evaluate(config, theta, i):
     still = np.zeros((task.horizon, len(starts), task.act), np.float32)
     later = config.inner_rate * (0.01 if name == "ant_dir" else 0.5)  # (MAML)
     updates = inner_loop(name, theta, goal, rng, [config.inner_rate, later, later], task.rollouts)
-    # the stochastic policy's are of the trajectories that the next update takes (MAML)
     return [(rollout(name, adapted, goal, starts, still).returns().mean(), stochastic)
-            for adapted, stochastic, _ in updates]
+            for adapted, stochastic, _ in updates]  # stochastic: what the next update takes (MAML)
 
 
 # ---- what runs it -------------------------------------------------------------------------------
