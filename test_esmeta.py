@@ -1131,7 +1131,7 @@ def test_system_eval_is_one_table_for_any_process_count(copy, capsys):
     x = np.array([float(row["return"]) for row in rows]).reshape(3, 40)
     name, shown = seen[0][0].split(", mean return before and after each update:")
     assert name == "point_goal"
-    np.testing.assert_allclose([float(mean) for mean in shown.split()], x.mean(axis=1), rtol=0, atol=0.06)
+    np.testing.assert_allclose([*map(float, shown.split())], x.mean(axis=1), rtol=0, atol=0.06)
 
 
 def test_system_meta_test_on_any_goals_with_any_number_of_explorers(copy, capsys):

@@ -122,7 +122,8 @@ def train(config, iterations=esmeta.ITERATIONS, processes=None, out=None, resume
             with open(out / "log.csv", "a") as log:
                 log.write(esmeta.csv_line(row.values()))
             esmeta.save_checkpoint(out / "checkpoint.npz", config, meta)
-            print(*(f"{name} {value:.4g}" for name, value in row.items()), "failed", failed, flush=True)
+            print(*(f"{name} {value:.4g}" for name, value in row.items()), f"failed {failed}",
+                  flush=True)
 
 
 def evaluate_goal(config, meta, goal, index, updates):
