@@ -25,7 +25,7 @@ Algorithm 1                                                          function
         sample the fitness of the adapted actor and critic           evaluate_adapted
     update mu and sigma of actor and critic by Eq. 10                update_distribution
 
-Where we differ from the paper in form, `if config.paper:` has the paper's lines, `else:` ours.
+Where we differ from the paper in form, the code asks whether `--paper` was given.
 """
 
 import os
@@ -76,14 +76,14 @@ class Config:
     workers: int = outer(64, "paper", "M, workers of an iteration", 1, 10**5)
     goals: int = outer(4, "ours", "G, tasks of a worker (a direction task has 2)", 1, 1000)
     tests: int = outer(1, "ours", "tests of an explorer after adaptation", 1, 1000)
-    alive_bonus: float = outer(0.0, "ours", "a living step earns; in no reported return", 0, 100)
+    alive_bonus: float = outer(0.0, "ours", "reward of each step; in no reported return", 0, 100)
     lr_mu_actor: float = outer(30.0, "ours", "SGD rate of mu_a", 0, 1e6)
     lr_sigma_actor: float = outer(1.0, "ours", "SGD rate of sigma_a; 0: fixed sigma", 0, 1e6)
     lr_mu_critic: float = outer(1.0, "ours", "SGD rate of mu_c", 0, 1e6)
     lr_sigma_critic: float = outer(1.0, "ours", "SGD rate of sigma_c; 0: fixed sigma", 0, 1e6)
     half_life: float = outer(50.0, "ours", "iterations that halve mu's rates; 0: never", 0, 1e9)
     momentum: float = outer(0.7, "ours", "share of its last step in a step of mu_a", 0, 0.999)
-    weight_decay: float = outer(0.0, "ours", "share of mu_a an iteration removes", 0, 1)
+    weight_decay: float = outer(0.0, "ours", "share of mu_a that the first iteration removes", 0, 1)
     rollouts: int = explore(20, "paper", "K, explorers of a worker (paper: ant_dir 40)", 2, 10**4)
     sigma: float = explore(0.03, "ours", "initial std of every weight", 1e-5, 1)
     gamma: float = inner(0.97, "ours", "discount", 0, 0.9999)
@@ -254,8 +254,8 @@ def evaluate_worker(config, meta, worker):
     errors = [critic_error(*adapted[g], tests.part(task == g), config, dims)
               for g in np.unique(task)]
     d_mu, d_sigma = nes_gradient(theta, fitness.astype(theta.dtype), mu, sigma)
-    paid = np.array([data.returns(bonus) for data in scored])  # (G, K + 1)
-    returns = np.array([paid[:, k].mean(), paid[:, :k].mean(), tests.returns(bonus).mean()])
+    reported = np.array([data.returns(bonus) for data in scored])  # (G, K + 1)
+    returns = np.array([reported[:, k].mean(), reported[:, :k].mean(), tests.returns(bonus).mean()])
     lived = np.any([data.valid for data in scored], axis=0)  # (H, K + 1)
     seen = scored[0].raw[:-1, :k][lived[:, :k]]  # (steps, obs)
     obs_sums = np.array([np.full(dims.obs, len(seen)), seen.sum(axis=0), (seen**2).sum(axis=0)])
@@ -423,7 +423,7 @@ def adapt(theta_bar, phi, data, sigma, config, dims, rng, value=None):
                                       adam_critic, cycle * config.critic_updates)
         states = obs[rng.integers(len(obs), size=config.batch)]
         gradient = policy_gradient(theta, phi, states, dims)
-        if config.paper:  # Adam and slow target networks, as Lillicrap et al. (2015)
+        if config.paper:  # Lillicrap et al. (2015); targets matter from the second cycle on
             theta, adam_actor = adam_step(theta, -gradient, adam_actor, cycle + 1,
                                           config.actor_step)
             target = tuple((1 - TARGET_TAU) * old + TARGET_TAU * new
@@ -797,7 +797,7 @@ def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
     """MAML's protocol: returns (updates + 1, n) on goals (n, ..), by default the 40 test goals.
 
     path is a checkpoint or a run directory. Each update has K = `rollouts` explorers, by default
-    as many as MAML had. Raises ValueError for no checkpoint, K < 1, updates < 0, no such goals.
+    as many as MAML had. Raises ValueError for no checkpoint, an odd K, updates < 0, no such goals.
     """
     config, meta = load_checkpoint(path)
     task = tasks.TASKS[config.task]

@@ -1,6 +1,6 @@
 """MAML's goal tasks in lockstep: half-cheetah and ant, goal velocity and direction; a 2-D point.
 
-Facts from cbfinn/maml_rl at 9c8e2eb. Units are MuJoCo's: metres, seconds, newtons, radians.
+Robots as in cbfinn/maml_rl at 9c8e2eb. Units are MuJoCo's: metres, seconds, newtons, radians.
 """
 import difflib
 import functools
@@ -92,15 +92,15 @@ def sample_goals(name, rng, n):
 def spread_goals(name, rng, n):
     """Goals spread over the training distribution, drawn from `rng`: -> (n,), (n, 2) or (2,).
 
-    A velocity in each of n equal parts of the range, in order; both directions, each once, in
-    random order, whatever n; n uniform points.
+    In random order, a velocity in each of n equal parts of the range; both directions, each once,
+    whatever n; n uniform points.
     """
     task = find_task(name)
     if task.direction:
         return rng.permutation([task.goal_low, task.goal_high])
     if task.goal_shape:
         return sample_goals(name, rng, n)
-    part = (np.arange(n) + rng.uniform(size=n)) / n
+    part = rng.permutation((np.arange(n) + rng.uniform(size=n)) / n)
     return task.goal_low + (task.goal_high - task.goal_low) * part
 
 

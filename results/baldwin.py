@@ -1,8 +1,8 @@
 """A rival of the paper's figure 1, ES + A2C: `python -m results.baldwin --task cheetah_vel`.
 
-After Fernando et al. 2018, "Meta-learning by the Baldwin effect". The outer loop, the networks and
-the settings are esmeta's, the inner loop is advantage actor-critic. A worker has one actor, not K;
-it explores by noise on its actions, a ~ N(actor(theta, s), ACTION_STD^2). Its fitness is the return
+After Fernando et al. 2018, "Meta-learning by the Baldwin effect". Update, networks and settings are
+esmeta's, the inner loop is advantage actor-critic. A worker has one actor and fitness, not K; it
+explores by noise on its actions, a ~ N(actor(theta, s), ACTION_STD^2). Its fitness is the return
 of the adapted actor on fresh starts, without noise, in ranks over all workers.
 """
 
@@ -98,8 +98,8 @@ def evaluate_worker(config, meta, worker):
                              normalise, [goals.repeat(each, axis=0)], bonus)
     errors = [esmeta.critic_error(*adapted[g], tests.part(slice(g * each, (g + 1) * each)), config,
                                   dims) for g in range(len(goals))]
-    paid = np.array([data.returns(bonus) for data in scored])  # (G, K + 1)
-    returns = np.array([paid[:, k].mean(), paid[:, :k].mean(), tests.returns(bonus).mean()])
+    reported = np.array([data.returns(bonus) for data in scored])  # (G, K + 1)
+    returns = np.array([reported[:, k].mean(), reported[:, :k].mean(), tests.returns(bonus).mean()])
     lived = np.any([data.valid for data in scored], axis=0)  # (H, K + 1)
     seen = scored[0].raw[:-1][lived]  # (steps, obs)
     obs_sums = np.array([np.full(dims.obs, len(seen)), seen.sum(axis=0), (seen**2).sum(axis=0)])

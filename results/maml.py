@@ -1,4 +1,4 @@
-"""MAML on the same tasks: the rival, as its authors ran it, with PyTorch for the gradients.
+"""MAML as its authors ran it, but with just K episodes a task where theirs may be more (ants).
 
     python -m results.maml --task cheetah_vel --out DIR  # trains, then meta-tests as --eval DIR
 
@@ -323,23 +323,23 @@ def main(argv=None):
         print("results.maml needs torch: pip install torch", file=sys.stderr)
         return 2
     parser = esmeta.OneLineParser("results.maml", description=__doc__.split("\n")[0])
-    parser.add_argument("--task", default="cheetah_vel", help="one of " + ", ".join(tasks.TASKS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=int, default=1, help="U of the training (default 1)")
-    parser.add_argument("--iterations", type=int, help="in all (default: MAML's)")
-    parser.add_argument("--processes", type=int, help="default: the cores")
+    parser.add_argument("--task", help="one of " + ", ".join(tasks.TASKS))
+    for name, usual in dict(seed=0, updates=1, iterations="MAML's", processes="cores").items():
+        parser.add_argument(f"--{name}", type=int, help=f"default: {usual}")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", help="run directory: trains, then meta-tests")
     where.add_argument("--eval", metavar="DIR", help="only meta-tests a run")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--resume", action="store_const", const=True, help="continue --out")
     try:
-        args = parser.parse_args(argv)
-        given = {} if args.iterations is None else {"iterations": args.iterations}
-        config = make_config(args.task, seed=args.seed, updates=args.updates, **given)
-        with esmeta.Crew(args.processes) as crew:
-            if args.out:
-                train(config, crew, args.out, args.resume)
-            report_eval(args.out or args.eval, crew)
+        given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+        processes, folder = given.pop("processes", None), given.pop("eval", None)
+        if folder is not None and given:
+            raise ValueError(f"--eval takes no --{min(given)}")
+        with esmeta.Crew(processes) as crew:
+            if folder is None:
+                folder, resume = given.pop("out"), given.pop("resume", False)
+                train(make_config(**{"task": "cheetah_vel", **given}), crew, folder, resume)
+            report_eval(folder, crew)
     except (ValueError, OSError, RuntimeError) as error:
         print("results.maml: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

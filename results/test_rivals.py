@@ -129,7 +129,8 @@ def test_extra_maml_has_the_same_bits_after_a_resume_and_for_any_processes(tmp_p
 
 
 @pytest.mark.parametrize("flags", ["--out a --eval b", "--eval nowhere", "--task nowhere --out a",
-                                   "--updates 0 --out a", "--seed -1 --out a", "--resume --out a"])
+                                   "--updates 0 --out a", "--seed -1 --out a", "--resume --out a",
+                                   "--eval nowhere --seed 1"])
 def test_extra_maml_refuses_bad_input_in_one_line(flags, capsys):
     pytest.importorskip("torch")
     assert maml.main(flags.split()) == 2 and capsys.readouterr().err.count("\n") == 1
