@@ -296,7 +296,8 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
         [tests] = rollout(config.task, theta_bar + move[task], starts, normalise, [goals[task]],
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
-    # F_ij: explorer j takes the step; test r of pair p is on task (p + r) mod G, from one start
+    # F_ij: explorer j takes the step; test r of pair p is on task (p + r) mod G, from one start:
+    # where G does not divide the tests, the first tasks, slow goals, have more
     test, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + test) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],

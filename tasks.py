@@ -92,15 +92,15 @@ def sample_goals(name, rng, n):
 def spread_goals(name, rng, n):
     """Goals spread over the training distribution, drawn from `rng`: -> (n,), (n, 2) or (2,).
 
-    In random order, a velocity in each of n equal parts of the range; both directions, each once,
-    whatever n; n uniform points.
+    A velocity in each of n equal parts of the range, in order; both directions, each once, in
+    random order, whatever n; n uniform points.
     """
     task = find_task(name)
     if task.direction:
         return rng.permutation([task.goal_low, task.goal_high])
     if task.goal_shape:
         return sample_goals(name, rng, n)
-    part = rng.permutation((np.arange(n) + rng.uniform(size=n)) / n)
+    part = (np.arange(n) + rng.uniform(size=n)) / n
     return task.goal_low + (task.goal_high - task.goal_low) * part
 
 

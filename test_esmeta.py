@@ -440,13 +440,10 @@ def test_tasks_of_the_workers():
         return esmeta.sample_tasks(make_config(task="cheetah_vel", goals=4, paper=paper), *key)
 
     own = np.array([goals(False, *key) for key in ((5, 1), (5, 2), (6, 1))])
-    np.testing.assert_array_equal(np.sort(np.floor(2 * own)), [[0, 1, 2, 3]] * 3)
+    np.testing.assert_array_equal(np.floor(2 * own), [[0, 1, 2, 3]] * 3)
     assert len(np.unique(own)) == 12
     np.testing.assert_array_equal(goals(True, 5, 1), goals(True, 5, 2))
     assert not np.isin(goals(True, 5, 1), goals(True, 6, 1)).any()
-    # where K / 2 is no multiple of G, the first tasks have more tests: none is always among them
-    first = [np.floor(2 * goals(False, 0, worker)[0]) for worker in range(200)]
-    assert np.bincount(np.int_(first)).min() > 30
 
 
 def test_normaliser():
@@ -790,7 +787,7 @@ def test_tasks_spread_goals_cover_the_distribution(name, seed, n):
     elif task.goal_shape:
         expected = tasks.sample_goals(name, rng, n)
     else:
-        expected = rng.permutation((np.arange(n) + rng.uniform(size=n)) * task.goal_high / n)
+        expected = (np.arange(n) + rng.uniform(size=n)) * task.goal_high / n
     close(tasks.spread_goals(name, np.random.default_rng(seed), n), expected, 1e-12)
 
 
