@@ -17,6 +17,10 @@ HERE = Path(__file__).parent
 TASKS = ("cheetah_vel", "cheetah_dir", "ant_vel", "ant_dir")
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#0969b2", "#d95f02", "#1b8a5a", "#777777", "#7b3294"
 RIVALS = (("baldwin", "ES + A2C", ORANGE), ("maml", "MAML here", PURPLE))
+PANELS = (  # of figure 2: what varies, title, updates of MAML's lines, {variant: in a table}
+    ("workers", "workers; learned or fixed sigma", "1",
+     {"M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
+    ("cycles", "gradient updates of an adaptation", "13", {"cycles3": "3 gradient updates"}))
 STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "legend.fontsize": 9.5, "lines.linewidth": 1.8}
@@ -201,9 +205,7 @@ def setting_label(runs, part):
 def figure2(plt, task="cheetah_vel"):
     """Left: workers, and learned or fixed sigma. Right: gradient updates. None without variants."""
     base, panels = find_runs(task), []
-    for part, title, updates, names in (
-            ("workers", "workers; learned or fixed sigma", "1", ("M16", "fixed_sigma")),
-            ("cycles", "gradient updates of an adaptation", "13", ("cycles3",))):
+    for part, title, updates, names in PANELS:
         variants = [runs for name in names if (runs := find_runs(task, name))]
         if variants:
             panels.append((part, title, updates, variants))

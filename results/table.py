@@ -11,7 +11,7 @@ import esmeta
 import numpy as np
 import tasks
 from results import figures
-from results.figures import RIVALS, TASKS, published, read_eval, read_log, steps_once_a_task
+from results.figures import PANELS, RIVALS, TASKS, published, read_eval, read_log, steps_once_a_task
 
 find_runs = functools.cache(figures.find_runs)  # it says what is missing, once
 PAPER = {"cheetah_vel": '"better results than MAML", no number', "cheetah_dir": "400",
@@ -43,17 +43,19 @@ def meta_tests(task, name="eval.csv", variant=""):
             yield folder, *tested
 
 
+def mean_and_seeds(task, variant=""):
+    """Before, after 1 and 3 updates: the mean over the seeds, each in brackets; [] without runs."""
+    means = [returns.mean(axis=1)[[0, 1, 3]] for *_, returns in meta_tests(task, variant=variant)]
+    return [f"{np.mean(seeds):.1f}" + f" ({', '.join(f'{m:.1f}' for m in seeds)})"
+            * (len(seeds) > 1) for seeds in np.transpose(means)]
+
+
 def results_table():
     """README's table, a row a task: mean over the seeds, each seed in brackets."""
     yield from head("task", "before", "1 update", "3 updates", "MAML, 1 / 3 updates", "oracle",
                     "paper")
     for task in TASKS:
-        means = np.array([returns.mean(axis=1) for _, _, returns in meta_tests(task)])
-        cells = ["not run", "", ""]
-        if len(means):
-            each = [f" ({', '.join(f'{m:.1f}' for m in seeds)})" * (len(means) > 1)
-                    for seeds in means.T]
-            cells = [f"{means[:, u].mean():.1f}{each[u]}" for u in (0, 1, 3)]
+        cells = mean_and_seeds(task) or ["not run", "", ""]
         maml = " / ".join(f"{published(task, 'maml', u):g}" for u in "13")
         yield row([f"`{task}`", *cells, maml, f"{published(task, 'oracle', ''):g}", PAPER[task]])
 
@@ -102,12 +104,22 @@ def rivals_table():
                            *(f"{mean:.1f}" for mean in means[1:4])])
 
 
+def variants_table(task="cheetah_vel"):
+    """A row for each curve of figure 2."""
+    yield from head(f"`{task}`", "before", "1 update", "3 updates")
+    variants = {name: text for *_, names in PANELS for name, text in names.items()}
+    for variant, text in {"": "as it is", **variants}.items():
+        if cells := mean_and_seeds(task, variant):
+            yield row([text, *cells])
+
+
 def main():
     """Print all tables; exit status 2 and one line where a run's files are broken."""
     try:
         for title, table in (("README.md", results_table), ("results/README.md: returns",
                              returns_table), ("results/README.md: cost", cost_table),
-                             ("results/README.md: rivals", rivals_table)):
+                             ("results/README.md: rivals", rivals_table),
+                             ("results/README.md: figure 2", variants_table)):
             print("\n".join([f"# {title}", "", *table(), ""]))
     except (ValueError, OSError) as error:
         print(f"results.table: error: {error}", file=sys.stderr)
