@@ -184,7 +184,8 @@ def figure1(plt):
         curve(ax, runs, "return_before", "ESMeta, before", GREY, steps=True, lw=1)
         for variant, label, colour in RIVALS:
             if rival := find_runs(task, variant):
-                curve(ax, rival, "return_after", f"{label}, after adaptation", colour, steps=True)
+                curve(ax, rival, "return_after", f"{label}, after adaptation", colour, steps=True,
+                      lw=0.8)
         yardsticks(ax, task)
         finish(ax, f"{task} ({seeds(runs)})", "steps of all tasks, millions")
     for ax in axes.flat[len(found):]:
