@@ -17,7 +17,8 @@ Algorithm 1                                                          function
   while not done                                                     train, iterate
     sample a mini-batch of tasks T_t                                 sample_tasks
     for i in M                                                       evaluate_worker
-      sample K actors theta_1 .. theta_K and a critic phi            sample_explorers
+      sample K actors theta_1 .. theta_K                             sample_explorers
+      sample a critic phi                                            evaluate_worker
       for each task t in T_t
         get K trajectories from the K actors                         rollout
         theta_bar = mean of theta_1 .. theta_K                       evaluate_worker
@@ -74,8 +75,8 @@ class Config:
     seed: int = run_(0, "ours", "of every random number", 0, 2**63 - 1)
     paper: bool = run_(False, "ours", "the paper's literal form, with rates that go with it")
     workers: int = outer(64, "paper", "M, workers of an iteration", 1, 10**5)
-    goals: int = outer(4, "ours", "G, tasks of a worker (a direction task has 2)", 1, 1000)
-    tests: int = outer(1, "ours", "tests of an explorer after adaptation", 1, 1000)
+    goals: int = outer(4, "ours", "G, tasks of a worker (directions: 2 without --paper)", 1, 1000)
+    tests: int = outer(1, "ours", "tests of an explorer; --paper: of a task", 1, 1000)
     alive_bonus: float = outer(0.0, "ours", "reward of each step; in no reported return", 0, 100)
     lr_mu_actor: float = outer(30.0, "ours", "SGD rate of mu_a", 0, 1e6)
     lr_sigma_actor: float = outer(1.0, "ours", "SGD rate of sigma_a; 0: fixed sigma", 0, 1e6)
@@ -117,14 +118,14 @@ TASK_SETTINGS = {  # (ours)
 }
 # The paper names no rates. DDPG's are Lillicrap's (2015), but the actor's is ten times his, as it
 # takes few steps. Eq. 10's are small because its gradient is 1 / sigma^2 times raw returns
-PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=1e-6, lr_sigma_actor=1e-7,
-             lr_mu_critic=1e-6, lr_sigma_critic=1e-7, half_life=0.0, momentum=0.0,
+PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=1e-6, lr_sigma_actor=1e-8,
+             lr_mu_critic=1e-6, lr_sigma_critic=1e-8, half_life=0.0, momentum=0.0,
              weight_decay=0.0, gamma=0.99, n_step=1, critic_updates=1, batch=64, critic_lr=1e-3,
              actor_step=1e-3)
 TARGET_TAU = 1e-3  # share that the paper's target networks move (Lillicrap et al. 2015)
 OBS_CLIP = 5.0  # of normalised observations: the ant's rare contact forces have tiny variances
 ITERATIONS = 100  # of a run (ours)
-EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML)
+EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML; on ant_dir it has 40)
 VERSION = 3  # of checkpoints
 INIT, GOALS, WORKER, EVAL = range(4)  # kinds of work, of a generator's key
 
@@ -288,7 +289,7 @@ def sample_explorers(mu, sigma, config, rng):
 def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config, rng):
     """Test a worker's adaptations, theta_bar + move (G, P), on fresh starts, and score theta.
 
-    -> Trajectories of the T tests, the task of each (T,), and the fitness that Eq. 10 takes.
+    explored (G, K) -> Trajectories of the T tests, their tasks (T,), fitness (K,), --paper ().
     """
     if config.paper:  # F_i: the return of the adapted theta_bar, raw, shared by the K
         task = np.repeat(np.arange(len(goals)), config.tests)
@@ -297,7 +298,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
     # F_ij: explorer j takes the step; test r of pair p is on task (p + r) mod G, from one start:
-    # where G does not divide the tests, the first tasks, slow goals, have more
+    # where G does not divide the K / 2 pairs, some tasks, of sorted goals slow ones, have more
     test, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + test) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
@@ -340,7 +341,7 @@ def update_distribution(meta, results, config):
 
 def ascend(d_mu, d_sigma, sigma, k, lr_mu, lr_sigma, config):
     """A step of mu and the next sigma, in [1e-5, 1], by plain SGD: all (P,)."""
-    if config.paper:  # Eq. 10 as it is
+    if config.paper:  # Eq. 10 as it is, but for the limits of sigma
         step, sigma = lr_mu * d_mu, sigma + lr_sigma * d_sigma
     else:  # over its Fisher matrix, K / sigma^2 for mu and 2 K for log sigma
         step = lr_mu * (d_mu * sigma**2 / k)

@@ -151,7 +151,9 @@ def test_forwards_and_backwards(dims, seed):
     close(d_a, numeric_gradient(lambda x: critic_score(phi, x), action))
 
 
-def test_sizes_xavier_weights_and_zero_biases():
+def test_sizes_xavier_weights_zero_biases_and_the_first_sigma():
+    first = esmeta.initial_state(make_config(sigma=0.25))
+    assert {*first.sigma_actor, *first.sigma_critic} == {0.25}
     o, a, h = dims = Dims(50, 30, 40)
     for own_shapes, size, shapes in (
             (esmeta.actor_shapes, 12806, ((o, h), (h,), (h, h), (h,), (h, a), (a,))),
@@ -458,6 +460,28 @@ def test_normaliser():
         np.testing.assert_array_equal(esmeta.make_normaliser(*raw)(obs), obs)
 
 
+@pytest.mark.parametrize("name", ["cheetah_dir", "ant_vel", "point_goal"])
+def test_rollout_is_what_the_environment_does_under_each_goal(name):
+    """One run of the physics, scored for two goals: `step`'s rewards and ends, the bonus on top."""
+    dims, goals, starts = esmeta.task_dims(name), tasks.test_goals(name)[:2], [3, 1, 4, 1, 5, 9]
+    size = len(esmeta.xavier(esmeta.actor_shapes(dims), np.random.default_rng(0)))
+    theta = np.random.default_rng(0).normal(0, 0.3, (3, size))  # so large that some ants fall
+    for goal, data in zip(goals, esmeta.rollout(name, theta, starts, lambda s: s / 2, goals, 0.5)):
+        env, alive = tasks.make_vec(name, 6, goal=goal), np.ones(6, bool)
+        obs, _ = env.reset(seed=starts)
+        for t, action in enumerate(data.action):
+            np.testing.assert_array_equal(data.valid[t], alive)
+            close(data.raw[t][alive], obs[alive], 1e-12)
+            close(data.obs[t], data.raw[t] / 2)
+            close(action, [esmeta.actor_forward(theta[i // 2], data.obs[t, [i]], dims)[0][0]
+                           for i in range(6)], 1e-9)
+            obs, reward, ended, *_ = env.step(action)
+            close(data.reward[t][alive], reward[alive] + 0.5, 1e-9)
+            np.testing.assert_array_equal(data.terminated[t][alive], ended[alive])
+            alive &= ~ended
+        assert alive.all() == (name != "ant_vel")
+
+
 @pytest.mark.parametrize("name, paper, bonus", [
     ("point_goal", False, 0.5), ("cheetah_vel", False, 0.0), ("ant_vel", False, 2.0),
     ("cheetah_vel", True, 0.0), ("point_goal", True, 0.5)])
@@ -610,7 +634,8 @@ def test_meta_test_by_hand(name, paper, shrink):
 
 
 def test_literal_iteration_is_a_rate_times_eq10_of_the_redrawn_theta():
-    config = esmeta.make_config("point_goal", True, workers=3, rollouts=4, lr_mu_critic=1e-5)
+    config = esmeta.make_config("point_goal", True, workers=3, rollouts=4, lr_mu_critic=1e-5,
+                                lr_sigma_actor=1e-7, lr_sigma_critic=2e-7)
     meta, crew, theta, phi = make_meta(config), InProcess(), [], []
     assert esmeta.make_config("ant_dir", True).rollouts == 40  # the paper's
     new, _, _ = esmeta.iterate(config, meta, crew)
@@ -620,11 +645,13 @@ def test_literal_iteration_is_a_rate_times_eq10_of_the_redrawn_theta():
         eps = rng.standard_normal(len(meta.mu_critic), np.float32)
         phi.append([meta.mu_critic + meta.sigma_critic * eps])
     F, F_critic = np.array([(r.returns[2], r.fitness_critic) for r in crew.results]).T  # raw
-    for part, lr_mu, rows, fitness in ("actor", 1e-6, theta, F), ("critic", 1e-5, phi, F_critic):
+    for part, lr_mu, lr_sigma, rows, fitness in (("actor", 1e-6, 1e-7, theta, F),
+                                                 ("critic", 1e-5, 2e-7, phi, F_critic)):
         mu, sigma = (getattr(meta, f"{name}_{part}").astype(float) for name in ("mu", "sigma"))
         d_mu, d_sigma = esmeta.nes_gradient(np.array(rows, float), fitness, mu, sigma)
         close(getattr(new, f"mu_{part}"), mu + lr_mu * d_mu, 1e-6)
-        close(getattr(new, f"sigma_{part}"), np.clip(sigma + 1e-7 * d_sigma, 1e-5, 1), 1e-6)
+        close(getattr(new, f"sigma_{part}"), np.clip(sigma + lr_sigma * d_sigma, 1e-5, 1),
+              1e-6)
         assert np.abs(lr_mu * d_mu).max() > 1e-4
 
 
