@@ -20,6 +20,7 @@ import tasks
 from esmeta import actor_forward, nstep_targets, state_values
 
 ACTION_STD = 0.3  # of the policy, whose actions are cut at -1 and 1
+VERSION = "1 of results.baldwin"  # of checkpoints, which esmeta refuses, as it adapts otherwise
 
 
 def a2c_gradient(theta, obs, action, advantage, std, dims):
@@ -164,6 +165,7 @@ def main(argv=None):
     fields = {field.name for field in dataclasses.fields(esmeta.Config)}
     parser = esmeta.make_parser()
     parser.prog, parser.description = "results.baldwin", __doc__
+    usual, esmeta.VERSION = esmeta.VERSION, VERSION
     try:
         given = vars(parser.parse_args(argv))
         allowed = {"eval", "updates", "processes"} if "eval" in given else (
@@ -180,6 +182,8 @@ def main(argv=None):
     except (ValueError, OSError, RuntimeError) as error:
         print("baldwin: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    finally:
+        esmeta.VERSION = usual
     return 0
 
 

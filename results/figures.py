@@ -184,10 +184,10 @@ def figure1(plt):
         curve(ax, runs, "return_before", "ESMeta, before", GREY, steps=True, lw=1)
         for variant, label, colour in RIVALS:
             if rival := find_runs(task, variant):
-                curve(ax, rival, "return_after", f"{label}, after adaptation", colour, steps=True,
-                      lw=0.8)
+                curve(ax, rival, "return_after", f"{label} ({seeds(rival)}), after adaptation",
+                      colour, steps=True, lw=0.8)
         yardsticks(ax, task)
-        finish(ax, f"{task} ({seeds(runs)})", "steps of all tasks, millions")
+        finish(ax, f"{task} (ESMeta: {seeds(runs)})", "steps of all tasks, millions")
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
     shared_legend(figure, axes)
@@ -295,8 +295,9 @@ def training(plt, folders):
         for column, label, colour, width in (  # explorers are often close to before: wide, below
                 ("return_explorers", "explorers", "#f5b58a", 3.5),
                 ("return_before", "before", ORANGE, 1.0), ("return_after", "after", BLUE, 1.8)):
-            ax.plot(log["iteration"] + 1, log[column], color=colour, lw=width, label=label,
-                    marker=few)
+            if column in log:  # MAML has no explorers
+                ax.plot(log["iteration"] + 1, log[column], color=colour, lw=width, label=label,
+                        marker=few)
         yardsticks(ax, config and config.task)
         steps, hours = log["env_steps"][-1] / 1e6, log["seconds"].sum() / 3600
         finish(ax, f"{Path(folder).resolve().name}: {steps:.1f} M steps, {hours:.1f} h",

@@ -5,7 +5,7 @@
 
 One row a variant: the return before and after the adaptations of mu, averaged over MAML's first
 10 test goals, the gain, and what it exceeds the gain of the settings trained with by, with its
-standard error over goals. All variants see the same trajectories.
+standard error over goals. Of the first update all see the same trajectories, but for `rollouts`.
 """
 
 import dataclasses
@@ -30,13 +30,17 @@ CASES = [  # run, variants
         "actor_step=10"])]
 
 
-def parse(variant):
+ALL = {field.name for field in dataclasses.fields(esmeta.Config)} - {"task", "seed"}
+USED = {"rollouts"} | {field.name for field in dataclasses.fields(esmeta.Config)  # of a meta-test
+                       if field.metadata["group"] == "inner loop"}
+
+
+def parse(variant, known=ALL):
     """The settings of 'name=value flag', as the command line of esmeta would read them."""
-    known = {field.name for field in dataclasses.fields(esmeta.Config)} - {"task", "seed"}
     names = {word: word.split("=")[0] for word in variant.split()}
     for word, name in names.items():
         if name not in known:
-            raise ValueError(f"{word} is no setting: name=value, name one of {sorted(known)}")
+            raise ValueError(f"{word} is no setting here: name=value, one of {sorted(known)}")
     args = esmeta.make_parser().parse_args([f"--{word.replace('_', '-')}" for word in names])
     return {name: getattr(args, name) for name in names.values()}
 
@@ -55,7 +59,7 @@ def tabulate(header, rows, path):
 def gains(stored, meta, updates, variants, crew):
     """Rows of the table for one checkpoint: as trained, then each variant."""
     goals, reference = tasks.test_goals(stored.task)[:10], None
-    configs = {v: dataclasses.replace(stored, **parse(v)) for v in ["", *variants]}
+    configs = {v: dataclasses.replace(stored, **parse(v, USED)) for v in ["", *variants]}
     for variant, config in configs.items():
         jobs = [(config, meta, goal, i, updates, 1) for i, goal in enumerate(goals)]
         results = crew.map(esmeta.evaluate_goal, jobs)

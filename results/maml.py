@@ -299,7 +299,7 @@ def load_run(folder):
         config = make_config(**json.loads((Path(folder) / "config.json").read_text()))
         with np.load(Path(folder) / "checkpoint.npz", allow_pickle=False) as x:
             return config, x["theta"], int(x["iteration"]), int(x["env_steps"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # zipfile, numpy and json have many for broken bytes
         raise ValueError(f"{folder} holds no run of results.maml: {error}") from None
 
 

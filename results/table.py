@@ -113,9 +113,10 @@ def variants_table(task="cheetah_vel"):
             yield row([text, *cells])
 
 
-def main():
+def main(argv=None):
     """Print all tables; exit status 2 and one line where a run's files are broken."""
     try:
+        esmeta.OneLineParser("results.table", description=__doc__).parse_args(argv)
         for title, table in (("README.md", results_table), ("results/README.md: returns",
                              returns_table), ("results/README.md: cost", cost_table),
                              ("results/README.md: rivals", rivals_table),

@@ -69,6 +69,8 @@ def test_baldwin_has_the_same_bits_for_any_processes_and_after_a_resume(tmp_path
     assert baldwin.main(["--eval", str(tmp_path / "one"), "--processes", "1"]) == 0
     rows = (tmp_path / "one" / "eval.csv").read_text().splitlines()
     assert rows[0] == "task,goal,updates,return" and len(rows) == 1 + 2 * 40
+    with pytest.raises(ValueError, match="version 1 of results.baldwin, not 3"):
+        esmeta.load_checkpoint(tmp_path / "one")  # it would adapt by DDPG
 
 
 @pytest.mark.parametrize("flags", [
@@ -126,6 +128,9 @@ def test_extra_maml_has_the_same_bits_after_a_resume_and_for_any_processes(tmp_p
     rows = [[line.split(",")[:-1] for line in (tmp_path / run / "log.csv").read_text().split()]
             for run in ("whole", "parts")]
     assert rows[0] == rows[1] and len(rows[0]) == 3  # all but the seconds
+    (tmp_path / "parts" / "checkpoint.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no run of results.maml"):
+        maml.load_run(tmp_path / "parts")
 
 
 @pytest.mark.parametrize("flags", ["--out a --eval b", "--eval nowhere", "--task nowhere --out a",
