@@ -1,14 +1,19 @@
-"""What a setting of the training is worth: short runs that differ in it, from the same seed.
+"""What a setting of the training, or a difference from the paper, is worth, in short runs.
 
     python -m results.ablate                         # all of them, to results/ablations.csv
     python -m results.ablate --task ant_vel tests=1  # some: prints, writes nothing
 
 One row a variant: `return_after`, mean over the last quarter of the iterations and over seeds, and
-its range over seeds. A variant is `name=value flag`, the settings of the command line.
+its range over seeds. A variant is `name=value flag`, the settings of the command line, and
+`paper:sample_tasks`, a function of esmeta that takes the line of `if config.paper:`.
 """
 
+import dataclasses
+import inspect
 import sys
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import esmeta
 import numpy as np
@@ -16,17 +21,47 @@ from results.gain import parse, tabulate
 
 TABLE = Path(__file__).parent / "ablations.csv"
 HEADER = "task,iterations,seeds,setting,return_after,range"
+DIFFER = [name for name, member in vars(esmeta).items()
+          if inspect.isfunction(member) and "config.paper" in inspect.getsource(member)]
 VARIANTS = [
     "", "momentum=0", "tests=2", "sigma=0.02", "sigma=0.045", "goals=2", "goals=8",
-    "lr_mu_critic=0", "lr_sigma_actor=0 lr_sigma_critic=0"]
+    "lr_mu_critic=0", "lr_sigma_actor=0 lr_sigma_critic=0",
+    "paper:sample_tasks", "paper:sample_explorers", "paper:make_normaliser",
+    "paper:adapt actor_step=0.0012",  # each of 12806 weights by so much: 0.135 in all, as ours
+    # raw returns, near -180, times these rates move mu and sigma as far as ranks do times ours
+    "paper:sample_explorers paper:evaluate_adapted lr_mu_actor=0.05 lr_sigma_actor=0.0016"]
 
 
-def final_return(config, iterations, crew):
+def as_the_paper(names, function, *args):
+    """function(*args), while the functions of esmeta called `names` see `paper` set."""
+    def literal(own):
+        return lambda *args: own(*(dataclasses.replace(x, paper=True) if isinstance(
+            x, esmeta.Config) else x for x in args))
+
+    if not names:
+        return function(*args)
+    with mock.patch.multiple(esmeta, **{name: literal(getattr(esmeta, name)) for name in names}):
+        return function(*args)
+
+
+class LiteralCrew(NamedTuple):
+    """A crew whose jobs are done `as_the_paper`."""
+
+    crew: esmeta.Crew
+    names: list
+
+    def map(self, function, jobs):
+        """As the crew's."""
+        return self.crew.map(as_the_paper, [(self.names, function, *job) for job in jobs])
+
+
+def final_return(config, names, iterations, crew):
     """Mean return after adaptation in the last quarter of a run; NaN where it cannot go on."""
     meta, after = esmeta.initial_state(config), []
     for _ in range(iterations):
         try:
-            meta, row, _ = esmeta.iterate(config, meta, crew)
+            meta, row, _ = as_the_paper(names, esmeta.iterate, config, meta,
+                                        LiteralCrew(crew, names))
         except RuntimeError:  # no worker has a finite fitness
             return np.nan
         after.append(row["return_after"])
@@ -35,10 +70,17 @@ def final_return(config, iterations, crew):
 
 def ablations(variants, task, iterations, seeds, crew):
     """Rows of the table, one a variant."""
-    configs = {v: [esmeta.make_config(task, seed=s, **parse(v)) for s in range(seeds)]
-               for v in variants}
-    for variant, each in configs.items():
-        values = [final_return(config, iterations, crew) for config in each]
+    cases = []
+    for variant in variants:
+        words = variant.split()
+        names = [word[6:] for word in words if word.startswith("paper:")]
+        if wrong := [name for name in names if name not in DIFFER]:
+            raise ValueError(f"{wrong[0]} is no function that differs: {', '.join(DIFFER)}")
+        given = parse(" ".join(word for word in words if not word.startswith("paper:")))
+        cases.append((variant, names, [esmeta.make_config(task, seed=s, **given)
+                                       for s in range(seeds)]))
+    for variant, names, configs in cases:
+        values = [final_return(config, names, iterations, crew) for config in configs]
         spread = f"{np.ptp(values):.1f}" if seeds > 1 else ""
         yield f"{task},{iterations},{seeds},{variant or 'default'},{np.mean(values):.1f},{spread}"
 

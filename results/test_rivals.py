@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 import tasks
 from esmeta import Dims
-from results import baldwin, maml
+from results import ablate, baldwin, maml
 
 HERE = Path(esmeta.__file__).parent
 SEED = st.integers(0, 2**32 - 1)
@@ -82,6 +82,22 @@ def test_baldwin_refuses_bad_input_in_one_line(flags, capsys, tmp_path, monkeypa
     out, err = capsys.readouterr()
     assert err.startswith("baldwin: error: ") and err.count("\n") == 1 and not out
     assert not list(tmp_path.iterdir())
+
+
+def test_ablations_take_the_papers_line_in_the_functions_that_they_name_and_no_other():
+    config = esmeta.make_config("cheetah_vel")
+    meta = esmeta.initial_state(config)._replace(obs_sums=np.full((3, 20), [[2.0], [1.0], [9.0]]))
+
+    def differ(names):
+        goals = [ablate.as_the_paper(names, lambda: esmeta.sample_tasks(config, 0, worker))
+                 for worker in (1, 2)]
+        seen = ablate.as_the_paper(names, lambda: esmeta.make_normaliser(meta, config)(np.ones(20)))
+        return np.array_equal(*goals), (seen == 1).all()
+
+    assert differ(["sample_tasks"]) == (True, False) != differ([]) == (False, False)
+    assert differ(["make_normaliser"]) == (False, True)
+    readme = (HERE / "README.md").read_text().split("## Differences")[1].split("## Property")[0]
+    assert all(f"`{name}`: " in readme for name in ablate.DIFFER) and len(ablate.DIFFER) == 7
 
 
 def make_maml_task(torch, updates):
