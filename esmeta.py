@@ -2,6 +2,7 @@
 
 One file of NumPy for one paper, "Meta Reinforcement Learning with Distribution of Exploration
 Parameters Learned by Evolution Strategies" (Shen, Yang, Yuan, Liu). The tasks are in tasks.py.
+Where we differ from the paper in form, the code asks whether `--paper` was given.
 
 Symbols                                                    shape     made by
   mu, sigma   mean and std of P_actor and P_critic         (P,)      initial_state
@@ -25,8 +26,6 @@ Algorithm 1                                                          function
         train theta_bar and phi on the K trajectories                adapt
         sample the fitness of the adapted actor and critic           evaluate_adapted
     update mu and sigma of actor and critic by Eq. 10                update_distribution
-
-Where we differ from the paper in form, the code asks whether `--paper` was given.
 """
 
 import os
