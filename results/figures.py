@@ -108,9 +108,10 @@ def steps_once_a_task(folder):
 def find_runs(task, variant=""):
     """Folders of the seeds of one setting, in order; one line where there is none."""
     name = task + (f"-{variant}" if variant else "")
-    runs = sorted(folder for folder in HERE.glob(f"{name}-seed*")
-                  if re.fullmatch(re.escape(name) + r"-seed\d+", folder.name)
-                  and (folder / "log.csv").is_file())
+    runs = sorted((folder for folder in HERE.glob(f"{name}-seed*")
+                   if re.fullmatch(re.escape(name) + r"-seed\d+", folder.name)
+                   and (folder / "log.csv").is_file()),
+                  key=lambda folder: int(folder.name.rpartition("seed")[2]))
     if not runs:
         print(f"skipped: no results/{name}-seed*/log.csv", file=sys.stderr)
     return runs

@@ -50,14 +50,31 @@ def mean_and_seeds(task, variant=""):
             * (len(seeds) > 1) for seeds in np.transpose(means)]
 
 
+def new_seeds(task):
+    """After 1 and 3 updates, mean over the seeds on which nothing was chosen, and their number."""
+    means = [returns.mean(axis=1) for *_, returns in meta_tests(task, variant="heldout")]
+    after = np.mean(means, axis=0)[[1, 3]] if means else []
+    return " / ".join(f"{mean:.1f}" for mean in after) + f" ({len(means)})" if means else "none"
+
+
 def results_table():
-    """README's table, a row a task: mean over the seeds, each seed in brackets."""
-    yield from head("task", "before", "1 update", "3 updates", "MAML, 1 / 3 updates", "oracle",
-                    "paper")
+    """README's table, a row a task: mean over the seeds, each seed in brackets; then new seeds."""
+    yield from head("task", "before", "1 update", "3 updates", "new seeds, 1 / 3 updates",
+                    "MAML, 1 / 3 updates", "oracle", "paper")
     for task in TASKS:
         cells = mean_and_seeds(task) or ["not run", "", ""]
         maml = " / ".join(f"{published(task, 'maml', u):g}" for u in "13")
-        yield row([f"`{task}`", *cells, maml, f"{published(task, 'oracle', ''):g}", PAPER[task]])
+        yield row([f"`{task}`", *cells, new_seeds(task), maml,
+                   f"{published(task, 'oracle', ''):g}", PAPER[task]])
+
+
+def new_seeds_table():
+    """A row for each task that has such seeds: mean, each seed in brackets."""
+    yield from head("task", "new seeds", "before", "1 update", "3 updates")
+    for task in TASKS:
+        if cells := mean_and_seeds(task, "heldout"):
+            seeds = [folder.name.rpartition("seed")[2] for folder in find_runs(task, "heldout")]
+            yield row([f"`{task}`", ", ".join(seeds), *cells])
 
 
 def returns_table():
@@ -118,7 +135,8 @@ def main(argv=None):
     try:
         esmeta.OneLineParser("results.table", description=__doc__).parse_args(argv)
         for title, table in (("README.md", results_table), ("results/README.md: returns",
-                             returns_table), ("results/README.md: cost", cost_table),
+                             returns_table), ("results/README.md: new seeds", new_seeds_table),
+                             ("results/README.md: cost", cost_table),
                              ("results/README.md: rivals", rivals_table),
                              ("results/README.md: figure 2", variants_table)):
             print("\n".join([f"# {title}", "", *table(), ""]))
