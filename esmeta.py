@@ -124,6 +124,7 @@ PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=1e-6, lr_sigma_actor
 TARGET_TAU = 1e-3  # share that the paper's target networks move (Lillicrap et al. 2015)
 OBS_CLIP = 5.0  # of normalised observations: the ant's rare contact forces have tiny variances
 ITERATIONS = 100  # of a run (ours)
+MAX_STRETCH = 1.5  # of a meta-test's step over the training's (ours)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML; on ant_dir it has 40)
 VERSION = 3  # of checkpoints
 INIT, GOALS, WORKER, EVAL = range(4)  # kinds of work, of a generator's key
@@ -212,8 +213,7 @@ def iterate(config, meta, crew):
 
     Raises RuntimeError where all of them failed, or where mu or sigma is finite no more.
     """
-    jobs = [(config, meta, worker) for worker in range(config.workers)]
-    results = crew.map(evaluate_worker, jobs)
+    results = crew.map(evaluate_worker, [(config, meta, i) for i in range(config.workers)])
     fine = [r for r in results if math.isfinite(r.returns.sum() + r.fitness_critic)]
     if not fine:
         raise RuntimeError(f"iteration {meta.iteration}: no worker has a finite fitness")
@@ -296,8 +296,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
         [tests] = rollout(config.task, theta_bar + move[task], starts, normalise, [goals[task]],
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
-    # F_ij: explorer j takes the step; test r of pair p is on task (p + r) mod G, from one start:
-    # where G does not divide the K / 2 pairs, some tasks, of sorted goals slow ones, have more
+    # F_ij: explorer j takes the step; test r of pair p is on task (p + r) mod G, from one start
     test, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + test) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
@@ -316,14 +315,10 @@ def explorer_fitness(explored, after, task):
 
 
 def update_distribution(meta, results, config):
-    """One SGD step of mu and sigma of actor and critic up Eq. 10: -> MetaState.
-
-    Of mu_a: v = momentum v + (1 - momentum) step, mu_a = (1 - rate weight_decay) mu_a + v.
-    """
+    """One SGD step of mu and sigma of actor and critic up Eq. 10: -> MetaState."""
     d_mu, d_sigma = (np.mean([r[i] for r in results], axis=0) for i in (0, 1))  # Eq. 10: 1/M sum_i
     fitness = np.array([r.fitness_critic for r in results])
-    if not config.paper:
-        fitness = centred_ranks(fitness)
+    fitness = fitness if config.paper else centred_ranks(fitness)
     phi = np.stack([r.phi for r in results])[:, None]  # (M, 1, P_c)
     d_critic = nes_gradient(phi, fitness.astype(phi.dtype), meta.mu_critic, meta.sigma_critic)
     rate = 0.5 ** (meta.iteration / config.half_life) if config.half_life else 1.0
@@ -653,12 +648,9 @@ class Crew(contextlib.AbstractContextManager):
 
     def map(self, function, jobs):
         """[function(*job) for job in jobs], all again where a process died, three times at most."""
-        n, results = min(self.processes, len(jobs)), []
+        n = min(self.processes, len(jobs))
         if n <= 1 and self.kind == "local":
-            for job in jobs:
-                stop_if_asked()
-                results.append(function(*job))
-            return results
+            return [stop_if_asked() or function(*job) for job in jobs]
         for _ in range(3):
             if self.pool is None:
                 self.open(n)
@@ -759,8 +751,6 @@ def save_checkpoint(path, config, meta):
 def load_checkpoint(path):
     """Config, MetaState of a checkpoint or run directory; ValueError where there is none."""
     path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             stored = json.loads(str(archive["config"]))
@@ -774,9 +764,8 @@ def load_checkpoint(path):
 
 
 def evaluate_goal(config, meta, goal, index, updates, seed):
-    """Meta-test on the goal of that index, before and after each of U updates.
+    """Meta-test on the goal of that index, before and after each of U updates by fresh explorers.
 
-    Each has fresh explorers and a step `shrink` times as long as the one before.
     -> mean returns of EVAL_ROLLOUTS episodes (U + 1,), the actors that made them (U + 1, P).
     """
     normalise, phi, actors = make_normaliser(meta, config), meta.mu_critic, [meta.mu_actor]
@@ -784,14 +773,27 @@ def evaluate_goal(config, meta, goal, index, updates, seed):
         rng = generator(EVAL, seed, index + 1, update + 1)
         theta, starts = sample_explorers(actors[-1], meta.sigma_actor, config, rng)
         [data] = rollout(config.task, theta, starts, normalise, [goal], config.alive_bonus)
-        step = tasks.TASKS[config.task].shrink ** update * config.actor_step
-        actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor, dataclasses.replace(
-            config, actor_step=step), task_dims(config.task), rng)
+        actor, phi = adapt(theta.mean(axis=0), phi, data, meta.sigma_actor,
+                           config_of_update(update, data, config), task_dims(config.task), rng)
         actors.append(actor)
     starts = generator(EVAL, seed, 0, 0).integers(2**31, size=EVAL_ROLLOUTS)  # for all goals
-    returns = [rollout(config.task, actor[None], starts, normalise, [goal])[0].returns().mean()
-               for actor in actors]
-    return np.array(returns), np.array(actors)
+    [tests] = rollout(config.task, np.array(actors), [*starts] * len(actors), normalise, [goal])
+    return tests.returns().reshape(len(actors), -1).mean(axis=1), np.array(actors)
+
+
+def config_of_update(update, data, config):
+    """Config of a meta-test's update: its step is `shrink` times as long as that of the one before.
+
+    Where there is a best reward, it also goes with how far the later half of the rewards is below:
+    as long as in training at a quarter of the goals' range, their mean distance from the middle.
+    """
+    task, step = tasks.TASKS[config.task], config.actor_step
+    if task.best_reward is not None:
+        rewards = data.reward[data.valid]  # in the order of time
+        distance = task.best_reward + config.alive_bonus - rewards[len(rewards) // 2 :].mean()
+        stretch = 4 * float(distance) / (task.goal_high - task.goal_low)
+        step *= min(max(0.0, stretch), MAX_STRETCH)  # 0 for NaN
+    return dataclasses.replace(config, actor_step=task.shrink**update * step)
 
 
 def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
@@ -802,8 +804,7 @@ def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
     """
     config, meta = load_checkpoint(path)
     task = tasks.TASKS[config.task]
-    rollouts = task.rollouts if rollouts is None else rollouts
-    config = dataclasses.replace(config, rollouts=rollouts)
+    config = dataclasses.replace(config, rollouts=task.rollouts if rollouts is None else rollouts)
     goals = tasks.test_goals(config.task) if goals is None else np.asarray(goals, float)
     if 0 in (goals.ndim, goals.size) or goals.shape[1:] != task.goal_shape or updates < 0:
         raise ValueError(f"goals must have shape {('n', *task.goal_shape)}, updates be at least 0, "
@@ -833,10 +834,9 @@ def stop_if_asked():
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, raised as ValueError."""
+    """argparse whose errors are one line, raised as ValueError, and no usage."""
 
     def error(self, message):
-        """Raise ValueError instead of printing the usage."""
         raise ValueError(message)
 
 

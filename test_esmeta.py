@@ -609,10 +609,27 @@ def test_iterate_leaves_out_a_diverged_worker(task, broken):
 # ---- Algorithm 1: the adapted actor in meta-test; the paper's literal form -----------------------
 
 
-@pytest.mark.parametrize("name, paper, shrink", [
-    ("cheetah_vel", False, 0.25), ("point_goal", True, 0.25), ("ant_dir", False, 0.01)])
-def test_meta_test_by_hand(name, paper, shrink):
-    """Fresh explorers around the current actor, the critic of the last update, a shorter step."""
+@pytest.mark.parametrize("name, best, middle, shrink", [  # middle: the mean distance to it
+    ("cheetah_vel", 0.0, 0.5, 0.25), ("ant_vel", 1.05, 0.75, 0.25), ("ant_dir", None, 1, 0.01)])
+@quick
+@given(seed=SEED, update=st.integers(0, 2), bonus=st.floats(0, 3), further=st.floats(-3, 3))
+def test_length_of_a_meta_tests_step(name, best, middle, shrink, seed, update, bonus, further):
+    config, data = make_config(task=name, alive_bonus=bonus), make_data(DIMS, seed)
+    data = data._replace(reward=data.reward + further)
+    rewards = [r for row, lives in zip(data.reward, data.valid) for r in row[lives].tolist()]
+    later = statistics.fmean(rewards[len(rewards) // 2 :])
+    distance = middle if best is None else np.clip(best + bonus - later, 0.0, 1.5 * middle)
+    found = esmeta.config_of_update(update, data, config)
+    close(found.actor_step, 0.5 * shrink**update * distance / middle)
+    assert dataclasses.replace(found, actor_step=0.5) == config
+    broken = data._replace(reward=data.reward * np.nan)  # where the simulation broke down
+    assert esmeta.config_of_update(update, broken, config).actor_step >= 0
+
+
+@pytest.mark.parametrize("name, paper", [
+    ("cheetah_vel", False), ("point_goal", True), ("ant_dir", False)])
+def test_meta_test_by_hand(name, paper):
+    """Fresh explorers around the current actor, the critic of the last update, a step in config."""
     config = make_config(task=name, paper=paper, alive_bonus=0.5)
     meta, goal, dims = make_meta(config), tasks.test_goals(name)[3], esmeta.task_dims(name)
     actor, phi, actors = meta.mu_actor, meta.mu_critic, [meta.mu_actor]
@@ -621,7 +638,7 @@ def test_meta_test_by_hand(name, paper, shrink):
         rng = esmeta.generator(esmeta.EVAL, 5, 4, update + 1)
         theta, starts = esmeta.sample_explorers(actor, meta.sigma_actor, config, rng)
         [data] = esmeta.rollout(name, theta, starts, normalise, [goal], 0.5)
-        step = dataclasses.replace(config, actor_step=0.5 * shrink**update)
+        step = esmeta.config_of_update(update, data, config)
         actor, phi = esmeta.adapt(
             theta.mean(axis=0), phi, data, meta.sigma_actor, step, dims, rng)
         actors.append(actor)
@@ -773,6 +790,14 @@ def test_tasks_equal_an_independent_loop_over_plain_mjdata(name):
             assert abs(info["x_velocity"][i] - expected[3]) <= 1e-12
             forces = max(forces, np.abs(data.cfrc_ext).max())
     assert forces > 1.0  # the reference's own forces, so that the test cannot compare zeros
+
+
+@given(st.sampled_from(["cheetah_vel", "ant_vel"]), SEED, st.floats(-9, 9), st.floats(0, 3))
+def test_tasks_best_reward_is_that_of_a_step_at_the_goal_without_effort(name, seed, v, goal):
+    task, rng = tasks.TASKS[name], np.random.default_rng(seed)
+    action, contact = rng.uniform(-1, 1, task.act), rng.standard_normal(84)
+    close(task.reward(goal, 0 * action, 0 * contact, goal), task.best_reward)
+    assert task.reward(v, action, contact, goal) <= task.best_reward
 
 
 @pytest.mark.parametrize("name, qpos0", [
