@@ -124,7 +124,7 @@ PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=1e-6, lr_sigma_actor
 TARGET_TAU = 1e-3  # share that the paper's target networks move (Lillicrap et al. 2015)
 OBS_CLIP = 5.0  # of normalised observations: the ant's rare contact forces have tiny variances
 ITERATIONS = 100  # of a run (ours)
-MAX_STRETCH = 1.5  # of a meta-test's step over the training's (ours)
+MAX_STRETCH = 1.5  # most that a meta-test's step is of the training's (ours)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML; on ant_dir it has 40)
 VERSION = 3  # of checkpoints
 INIT, GOALS, WORKER, EVAL = range(4)  # kinds of work, of a generator's key
@@ -784,8 +784,8 @@ def evaluate_goal(config, meta, goal, index, updates, seed):
 def config_of_update(update, data, config):
     """Config of a meta-test's update: its step is `shrink` times as long as that of the one before.
 
-    Where there is a best reward, it also goes with how far the later half of the rewards is below:
-    as long as in training at a quarter of the goals' range, their mean distance from the middle.
+    Where the task has a best reward, it is also in proportion to how far the later rewards are from
+    it: as in training at a quarter of the range of goals, their mean distance from its middle.
     """
     task, step = tasks.TASKS[config.task], config.actor_step
     if task.best_reward is not None:
