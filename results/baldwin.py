@@ -135,9 +135,9 @@ def evaluate_goal(config, meta, goal, index, updates):
     for update in range(updates):
         rng = esmeta.generator(esmeta.EVAL, 0, index + 1, update + 1)
         data = explore(actors[-1], [goal], config, normalise, rng)[0].part(slice(k))
-        step = tasks.TASKS[config.task].shrink ** update * config.actor_step
-        actor, phi = adapt(actors[-1], phi, data, meta.sigma_actor, dataclasses.replace(
-            config, actor_step=step), esmeta.task_dims(config.task), rng)
+        actor, phi = adapt(
+            actors[-1], phi, data, meta.sigma_actor,
+            esmeta.config_of_update(update, data, config), esmeta.task_dims(config.task), rng)
         actors.append(actor)
     starts = esmeta.generator(esmeta.EVAL, 0, 0, 0).integers(2**31, size=esmeta.EVAL_ROLLOUTS)
     return np.array([

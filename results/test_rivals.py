@@ -55,6 +55,16 @@ def test_baldwin_earns_what_the_environment_pays_for_the_actions_that_it_drew():
         np.testing.assert_allclose(reward, env.step(action)[1], rtol=1e-6)
 
 
+def test_baldwin_has_the_steps_of_esmetas_meta_test(monkeypatch):
+    config, seen = esmeta.make_config("cheetah_vel", rollouts=2), []
+    monkeypatch.setattr(baldwin, "adapt", lambda theta, phi, data, sigma, config, dims, rng: (
+        seen.append((data, config)) or (theta, phi)))
+    baldwin.evaluate_goal(config, esmeta.initial_state(config), 0.5, 0, 2)
+    steps = [config.actor_step for _, config in seen]
+    assert steps == [esmeta.config_of_update(update, data, config).actor_step
+                     for update, (data, _) in enumerate(seen)]
+
+
 def test_baldwin_has_the_same_bits_for_any_processes_and_after_a_resume(tmp_path):
     def train(name, iterations, *flags):
         out = tmp_path / name
