@@ -2,14 +2,14 @@
 
 One file of NumPy for one paper, "Meta Reinforcement Learning with Distribution of Exploration
 Parameters Learned by Evolution Strategies" (Shen, Yang, Yuan, Liu). The tasks are in tasks.py.
-Where we differ from the paper in form, the code asks whether `--paper` was given.
+Where our form differs from the paper's, the code asks for `--paper`; README lists what is in both.
 
 Symbols                                                    shape     made by
   mu, sigma   mean and std of P_actor and P_critic         (P,)      initial_state
   theta       weights of a worker's K explorers            (K, P)    sample_explorers
   theta_bar   mean of the K explorers: the actor to adapt  (P,)      evaluate_worker
   phi         weights of a worker's critic                 (P_c,)    evaluate_worker
-  F           fitness of each explorer                     (K,)      explorer_fitness
+  F           fitness of each explorer (--paper: one, ())  (K,)      evaluate_adapted
   M, K, G, T  workers; explorers, tasks and tests of a worker
   H, B        horizon in steps; steps taken as one batch
 
@@ -24,7 +24,7 @@ Algorithm 1                                                          function
         get K trajectories from the K actors                         rollout
         theta_bar = mean of theta_1 .. theta_K                       evaluate_worker
         train theta_bar and phi on the K trajectories                adapt
-        sample the fitness of the adapted actor and critic           evaluate_adapted
+        sample the fitness of the adapted actor and critic           evaluate_adapted, critic_error
     update mu and sigma of actor and critic by Eq. 10                update_distribution
 """
 
@@ -104,7 +104,7 @@ class Config:
                 raise ValueError(f"{field.name} must be from {limits['low']:g} to "
                                  f"{limits['high']:g}, not {value!r}")
         tasks.find_task(self.task)
-        if self.rollouts % 2:
+        if self.rollouts % 2 and not self.paper:
             raise ValueError(f"rollouts must be even, as mirrored pairs are, not {self.rollouts}")
 
 
@@ -124,7 +124,7 @@ PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=1e-6, lr_sigma_actor
 TARGET_TAU = 1e-3  # share that the paper's target networks move (Lillicrap et al. 2015)
 OBS_CLIP = 5.0  # of normalised observations: the ant's rare contact forces have tiny variances
 ITERATIONS = 100  # of a run (ours)
-MAX_STRETCH = 1.5  # most that a meta-test's step is of the training's (ours)
+MAX_STRETCH = 1.5  # a meta-test's step is at most this times the training's (ours)
 EVAL_ROLLOUTS = 20  # that a return of the meta-test averages (MAML; on ant_dir it has 40)
 VERSION = 3  # of checkpoints
 INIT, GOALS, WORKER, EVAL = range(4)  # kinds of work, of a generator's key
@@ -275,20 +275,17 @@ def sample_tasks(config, iteration, worker):
 def sample_explorers(mu, sigma, config, rng):
     """theta_1 .. theta_K ~ N(mu, sigma^2), (K, P), float32, and the seeds of their starts, (K,)."""
     k, p = config.rollouts, len(mu)
-    if config.paper:  # independent explorers
-        eps = rng.standard_normal((k, p), np.float32)
-        starts = rng.integers(2**31, size=k)
-    else:  # mirrored pairs, eps and -eps, from one start each: theta_bar is mu
-        eps = np.repeat(rng.standard_normal((k // 2, p), np.float32), 2, axis=0)
-        eps[1::2] *= -1
-        starts = np.repeat(rng.integers(2**31, size=k // 2), 2)
+    n = k if config.paper else k // 2  # independent explorers, or pairs
+    eps, starts = rng.standard_normal((n, p), np.float32), rng.integers(2**31, size=n)
+    if n < k:  # each pair mirrored, eps and -eps, from one start: theta_bar is mu
+        eps, starts = np.stack([eps, -eps], axis=1).reshape(k, p), np.repeat(starts, 2)
     return mu + sigma * eps, starts
 
 
 def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config, rng):
     """Test a worker's adaptations, theta_bar + move (G, P), on fresh starts, and score theta.
 
-    explored (G, K) -> Trajectories of the T tests, their tasks (T,), fitness (K,), --paper ().
+    explored (G, K), the explorers' returns -> Trajectories of T tests, tasks (T,), F (K,) or ().
     """
     if config.paper:  # F_i: the return of the adapted theta_bar, raw, shared by the K
         task = np.repeat(np.arange(len(goals)), config.tests)
@@ -297,8 +294,8 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
     # F_ij: explorer j takes the step; test r of pair p is on task (p + r) mod G, from one start
-    test, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
-    task, starts = (j // 2 + test) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
+    r, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
+    task, starts = (j // 2 + r) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
                       config.alive_bonus)
     return tests, task, centred_ranks(explorer_fitness(explored, tests.returns(), task))
@@ -315,26 +312,26 @@ def explorer_fitness(explored, after, task):
 
 
 def update_distribution(meta, results, config):
-    """One SGD step of mu and sigma of actor and critic up Eq. 10: -> MetaState."""
+    """A step up Eq. 10 of both Gaussians; mu_a has momentum and weight decay too: -> MetaState."""
     d_mu, d_sigma = (np.mean([r[i] for r in results], axis=0) for i in (0, 1))  # Eq. 10: 1/M sum_i
     fitness = np.array([r.fitness_critic for r in results])
     fitness = fitness if config.paper else centred_ranks(fitness)
     phi = np.stack([r.phi for r in results])[:, None]  # (M, 1, P_c)
     d_critic = nes_gradient(phi, fitness.astype(phi.dtype), meta.mu_critic, meta.sigma_critic)
-    rate = 0.5 ** (meta.iteration / config.half_life) if config.half_life else 1.0
+    decay = 0.5 ** (meta.iteration / config.half_life) if config.half_life else 1.0
     step, sigma_actor = ascend(d_mu, d_sigma, meta.sigma_actor, config.rollouts,
-                               rate * config.lr_mu_actor, config.lr_sigma_actor, config)
-    step_critic, sigma_critic = ascend(*d_critic, meta.sigma_critic, 1, rate * config.lr_mu_critic,
+                               decay * config.lr_mu_actor, config.lr_sigma_actor, config)
+    step_critic, sigma_critic = ascend(*d_critic, meta.sigma_critic, 1, decay * config.lr_mu_critic,
                                        config.lr_sigma_critic, config)
     velocity = config.momentum * meta.velocity + (1 - config.momentum) * step
     return meta._replace(
-        mu_actor=(1 - rate * config.weight_decay) * meta.mu_actor + velocity,
+        mu_actor=(1 - decay * config.weight_decay) * meta.mu_actor + velocity,
         sigma_actor=sigma_actor, velocity=velocity,
         mu_critic=meta.mu_critic + step_critic, sigma_critic=sigma_critic)
 
 
 def ascend(d_mu, d_sigma, sigma, k, lr_mu, lr_sigma, config):
-    """A step of mu and the next sigma, in [1e-5, 1], by plain SGD: all (P,)."""
+    """A step of mu and the next sigma, in [1e-5, 1], up Eq. 10's or the natural gradient: (P,)."""
     if config.paper:  # Eq. 10 as it is, but for the limits of sigma
         step, sigma = lr_mu * d_mu, sigma + lr_sigma * d_sigma
     else:  # over its Fisher matrix, K / sigma^2 for mu and 2 K for log sigma
@@ -459,13 +456,13 @@ def critic_error(theta, phi, data, config, dims):
     return float(np.mean((q - y) ** 2))
 
 
-def fit_critic(phi, obs, action, target, rows, lr, dims, moments, done=0):
+def fit_critic(phi, obs, action, target, rows, lr, dims, moments, taken=0):
     """Descend the mean of (Q_phi(s, a) - y)^2, one Adam step for each minibatch; y stays fixed.
 
     phi (P_c,), obs (B, obs), action (B, act), target (B,), rows (updates, batch), Adam's moments
-    (2, P_c) after `done` steps -> phi' (P_c,), moments.
+    (2, P_c) after `taken` steps -> phi' (P_c,), moments.
     """
-    for t, batch in enumerate(rows, start=done + 1):
+    for t, batch in enumerate(rows, start=taken + 1):
         q, cache = critic_forward(phi, obs[batch], action[batch], dims)
         d_phi, _ = critic_backward((q - target[batch]) * (2 / len(batch)), cache)
         phi, moments = adam_step(phi, d_phi, moments, t, lr)
@@ -608,7 +605,7 @@ def rollout(task, theta, starts, normalise, goals, bonus=0.0, noise=None):
         action[t] += a.reshape(n, dims.act)
         env.advance(action[t], raw[t + 1])
         obs[t + 1] = normalise(raw[t + 1])
-        velocity[t] = env.velocity()
+        velocity[t] = env.velocity
     scored, clipped, broken = [], action.clip(-1, 1), env.unstable()
     for goal in goals:
         reward, terminated = tasks.outcomes(task, raw[1:], clipped, velocity, goal)
@@ -754,15 +751,16 @@ def load_checkpoint(path):
     try:
         with np.load(path, allow_pickle=False) as archive:
             stored = json.loads(str(archive["config"]))
+            if stored["version"] != VERSION:
+                raise ValueError(f"version {stored['version']}, not {VERSION}")
             meta = MetaState(**{name: archive[name] for name in MetaState._fields})
-        if stored["version"] != VERSION:
-            raise ValueError(f"version {stored['version']}, not {VERSION}")
         config = Config(**stored["config"])
     except Exception as error:  # zipfile, zlib, numpy and json have many for broken bytes
         raise ValueError(f"{path} is no checkpoint of esmeta: {error!s:.200}") from None
     return config, meta._replace(iteration=int(meta.iteration), env_steps=int(meta.env_steps))
 
 
+@np.errstate(all="ignore")  # an adaptation that diverges returns NaN, which says enough
 def evaluate_goal(config, meta, goal, index, updates, seed):
     """Meta-test on the goal of that index, before and after each of U updates by fresh explorers.
 
@@ -784,15 +782,17 @@ def evaluate_goal(config, meta, goal, index, updates, seed):
 def config_of_update(update, data, config):
     """Config of a meta-test's update: its step is `shrink` times as long as that of the one before.
 
-    Where the task has a best reward, it is also in proportion to how far the later rewards are from
-    it: as in training at a quarter of the range of goals, their mean distance from its middle.
+    Where the task has a best reward, it also grows with the distance d of the rewards' later half
+    from it: times 4 d / (range of goals), which is 1 at the goals' mean distance from their middle.
     """
+    if config.paper:  # steps as in training
+        return config
     task, step = tasks.TASKS[config.task], config.actor_step
     if task.best_reward is not None:
         rewards = data.reward[data.valid]  # in the order of time
         distance = task.best_reward + config.alive_bonus - rewards[len(rewards) // 2 :].mean()
         stretch = 4 * float(distance) / (task.goal_high - task.goal_low)
-        step *= min(max(0.0, stretch), MAX_STRETCH)  # 0 for NaN
+        step *= min(max(0.0, stretch), MAX_STRETCH)  # 0 for NaN, which Config refuses
     return dataclasses.replace(config, actor_step=task.shrink**update * step)
 
 

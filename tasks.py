@@ -31,9 +31,9 @@ class Task(NamedTuple):
     direction: bool = False  # the goal is goal_low or goal_high, nothing between
     goal_shape: tuple[int, ...] = ()  # of one goal; () is a scalar
     horizon: int = 200  # H, steps
-    rollouts: int = 20  # K, the trajectories that one adaptation sees
+    rollouts: int = 20  # K of MAML, of a meta-test and of --paper
     shrink: float = 0.25  # of a meta-test: an update's step over that of the one before (ours)
-    best_reward: float | None = None  # of a step, at the goal; None: none is the best
+    best_reward: float | None = None  # of a step, at the goal; None: no meta-test asks
 
     def reward(self, velocity, action, contact, goal):
         """A robot's r (...): v, g (...) in m/s or g = +-1, a (..., act), f (..., 84) of the ant.
@@ -179,7 +179,7 @@ class GoalVectorEnv(VectorEnv):
         self._alive = np.ones(num_envs, bool)  # all of them without `freeze`
         self._ant = ant = task.model == "ant.xml"
         if task.model is None:
-            self.batch, self._x_velocity = None, 0.0  # which no task of the point asks for
+            self.batch, self.velocity = None, 0.0  # which no task of the point asks for
             self._qpos, self._qvel, self._ctrl = np.zeros((3, num_envs, 2))
             self._parts = [self._qpos]
             return
@@ -192,7 +192,7 @@ class GoalVectorEnv(VectorEnv):
         # live views, bound before the first call: a field bound later is zero until the next one
         self._qpos, self._qvel, self._ctrl = map(batch.bind, ("qpos", "qvel", "ctrl"))
         sensors = batch.bind("sensordata")
-        com, self._x_velocity = sensors[:, :3], sensors[:, 3]
+        com, self.velocity = sensors[:, :3], sensors[:, 3]  # views; along x in m/s
         self._parts = [self._qpos[:, 1:], self._qvel, com]
         if ant:
             contact = batch.bind("cfrc_ext").reshape(num_envs, -1)  # (N, 14, 6) -> (N, 84)
@@ -261,7 +261,7 @@ class GoalVectorEnv(VectorEnv):
             raise ValueError(f"actions must have shape {self._ctrl.shape}, not {np.shape(action)}")
         frozen, obs = ~self._alive, np.empty(self.observation_space.shape)
         self.advance(action, obs)
-        action, velocity, unstable = np.clip(action, -1.0, 1.0), self.velocity(), self.unstable()
+        action, velocity, unstable = np.clip(action, -1.0, 1.0), self.velocity, self.unstable()
         reward, terminated = outcomes(self.task.name, obs, action, velocity, self.goal)
         reward[frozen] = 0.0
         info = {"unstable": unstable} | ({"x_velocity": velocity.copy()} if self.batch else {})
@@ -282,10 +282,6 @@ class GoalVectorEnv(VectorEnv):
         self._observe(out)
         if self.freeze:
             self._alive = ~(self.unstable() | self.task.is_terminal(out, self.goal))
-
-    def velocity(self):
-        """Velocity of the centre of mass along x in m/s, (num_envs,), a view; the point's is 0."""
-        return self._x_velocity
 
     def unstable(self):
         """Which broke down since the reset: (num_envs,) bool."""

@@ -227,7 +227,7 @@ def test_fit_critic_descends_the_squared_error(seed):
         expected = expected - 0.01 * t * slope
     with unittest.mock.patch.object(  # Adam would hide the gradient's scale
             esmeta, "adam_step", lambda x, gradient, m, t, lr: (x - lr * t * gradient, m + 1)):
-        fitted, moments = esmeta.fit_critic(phi, obs, action, y, rows, 0.01, DIMS, 5, done=3)
+        fitted, moments = esmeta.fit_critic(phi, obs, action, y, rows, 0.01, DIMS, 5, taken=3)
     close(fitted, expected)
     assert moments == 7
 
