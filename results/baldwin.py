@@ -4,7 +4,8 @@ After Fernando et al. 2018, "Meta-learning by the Baldwin effect". Update, netwo
 esmeta's, the inner loop is advantage actor-critic. A worker has one actor and fitness, not K; it
 explores by noise on its actions, a ~ N(actor(theta, s), ACTION_STD^2). Its fitness is the return
 of the adapted actor on fresh starts, without noise, in ranks over all workers. Flags are esmeta's;
---paper, --cycles and --pool are refused, and with --eval all but --updates and --processes.
+--out is by default runs/<task>-baldwin-seed<N>; --paper, --cycles and --pool are refused, and with
+--eval all but --updates and --processes.
 """
 
 import dataclasses
