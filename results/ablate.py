@@ -22,7 +22,8 @@ from results.gain import parse, tabulate
 TABLE = Path(__file__).parent / "ablations.csv"
 HEADER = "task,iterations,seeds,setting,return_after,range"
 DIFFER = [name for name, member in vars(esmeta).items()
-          if inspect.isfunction(member) and "config.paper" in inspect.getsource(member)]
+          if inspect.isfunction(member) and "config.paper" in inspect.getsource(member)
+          and name != "config_of_update"]  # of meta-tests, no part of a training
 VARIANTS = [
     "", "momentum=0", "tests=2", "sigma=0.02", "sigma=0.045", "goals=2", "goals=8",
     "lr_mu_critic=0", "lr_sigma_actor=0 lr_sigma_critic=0",
