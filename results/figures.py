@@ -20,7 +20,8 @@ RIVALS = (("baldwin", "ES + A2C", ORANGE), ("maml", "MAML here", PURPLE))
 PANELS = (  # of figure 2: what varies, title, updates of MAML's lines, {variant: in a table}
     ("workers", "workers; learned or fixed sigma", "1",
      {"M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
-    ("cycles", "gradient updates of an adaptation", "13", {"cycles3": "3 gradient updates"}))
+    ("cycles", "gradient updates of an adaptation", "13",
+     {"cycles3": "3 gradient updates, each a third as long"}))
 STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "legend.fontsize": 9.5, "lines.linewidth": 1.8}
