@@ -1581,7 +1581,7 @@ def test_input_broken_checkpoint_is_refused(name, copy, refused):
     if name not in BROKEN:
         path.write_text("iteration,return_before" * (name == "text"))
     for line in "--eval run", "--eval run/checkpoint.npz", f"{TINY} --out run --resume":
-        assert ("version 2" if name == "version 2" else "checkpoint") in refused(line)
+        assert (name if name == "version 2" else "checkpoint") in refused(line)
 
 
 @settings(max_examples=60)
