@@ -11,7 +11,7 @@ Symbols                                                    shape     made by
   phi         weights of a worker's critic                 (P_c,)    evaluate_worker
   F           fitness of each explorer (--paper: one, ())  (K,)      evaluate_adapted
   M, K, G, T  workers; explorers, tasks and tests of a worker
-  H, B        horizon in steps; steps taken as one batch
+  H, B, P     horizon in steps; steps taken as one batch; weights of an actor (P_c: of a critic)
 
 Algorithm 1                                                          function
   initialise P_actor(mu_a, sigma_a), P_critic(mu_c, sigma_c)         initial_state
@@ -71,7 +71,7 @@ class Config:
     """All that decides a bit of a run; TASK_SETTINGS and PAPER are other defaults."""
 
     task: str = run_("cheetah_vel", "paper", "one of " + ", ".join(tasks.TASKS))
-    seed: int = run_(0, "ours", "of every random number", 0, 2**63 - 1)
+    seed: int = run_(0, "ours", "of every random number of a training", 0, 2**63 - 1)
     paper: bool = run_(False, "ours", "the paper's literal form, with rates that go with it")
     workers: int = outer(64, "paper", "M, workers of an iteration", 1, 10**5)
     goals: int = outer(4, "ours", "G, tasks of a worker (directions: 2 without --paper)", 1, 1000)
@@ -81,7 +81,7 @@ class Config:
     lr_sigma_actor: float = outer(1.0, "ours", "SGD rate of sigma_a; 0: fixed sigma", 0, 1e6)
     lr_mu_critic: float = outer(1.0, "ours", "SGD rate of mu_c", 0, 1e6)
     lr_sigma_critic: float = outer(1.0, "ours", "SGD rate of sigma_c; 0: fixed sigma", 0, 1e6)
-    half_life: float = outer(50.0, "ours", "iterations that halve mu's rates; 0: never", 0, 1e9)
+    half_life: float = outer(50.0, "ours", "iterations that halve a step of mu; 0: never", 0, 1e9)
     momentum: float = outer(0.7, "ours", "share of its last step in a step of mu_a", 0, 0.999)
     weight_decay: float = outer(0.0, "ours", "share of mu_a that the first iteration removes", 0, 1)
     rollouts: int = explore(20, "paper", "K, explorers of a worker (paper: ant_dir 40)", 2, 10**4)
@@ -115,8 +115,8 @@ TASK_SETTINGS = {  # (ours)
     "ant_vel": dict(ANT, alive_bonus=2.0),
     "ant_dir": dict(ANT, actor_step=11.0),
 }
-# The paper names no rates. DDPG's are Lillicrap's (2015), but the actor's is ten times his, as it
-# takes few steps. Eq. 10's are small because its gradient is 1 / sigma^2 times raw returns
+# The paper names no rates, nor a number of tasks. DDPG's rates are Lillicrap's (2015), the actor's
+# ten times his, as it takes few steps. Eq. 10's are small: its gradient is as large as F / sigma
 PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=1e-6, lr_sigma_actor=1e-8,
              lr_mu_critic=1e-6, lr_sigma_critic=1e-8, half_life=0.0, momentum=0.0,
              weight_decay=0.0, gamma=0.99, n_step=1, critic_updates=1, batch=64, critic_lr=1e-3,
@@ -847,11 +847,11 @@ def make_parser():
     groups = {name: parser.add_argument_group(name).add_argument for name in GROUPS}
     for field in dataclasses.fields(Config):
         name, kind, about = field.name, type(field.default), field.metadata
-        own = "".join(f"; {task} {x[name]}" for task, x in TASK_SETTINGS.items() if name in x)
-        groups[about["group"]](
-            "--" + name.replace("_", "-"),
-            **(dict(action="store_true") if kind is bool else dict(type=kind)),
-            help=f"{about['help']} (default {field.default}{own}) ({about['source']})")
+        others = {**TASK_SETTINGS, "--paper": PAPER}.items()
+        own = "".join(f"; {whose} {x[name]}" for whose, x in others if name in x)
+        groups[about["group"]]("--" + name.replace("_", "-"), help=(
+            f"{about['help']} (default {field.default}{own}) ({about['source']})"),
+            **(dict(action="store_true") if kind is bool else dict(type=kind)))
     add = groups["run"]
     add("--iterations", type=int, help=f"in all (default {ITERATIONS})")
     add("--processes", type=int, help="worker processes (default: the cores)")

@@ -15,7 +15,7 @@ from results.figures import PANELS, RIVALS, TASKS, published, read_eval, read_lo
 
 find_runs = functools.cache(figures.find_runs)  # it says what is missing, once
 PAPER = {"cheetah_vel": '"better results than MAML", no number', "cheetah_dir": "400",
-         "ant_vel": '"better results than MAML", no number', "ant_dir": "below MAML's 480"}
+         "ant_vel": '"the better performance", no number', "ant_dir": "below MAML's 480"}
 
 
 def row(cells):
@@ -51,7 +51,7 @@ def mean_and_seeds(task, variant=""):
 
 
 def new_seeds(task):
-    """After 1 and 3 updates, mean over the seeds on which nothing was chosen, and their number."""
+    """After 1 and 3 updates, mean over seeds run when the training's settings stood; their number."""
     means = [returns.mean(axis=1) for *_, returns in meta_tests(task, variant="heldout")]
     after = np.mean(means, axis=0)[[1, 3]] if means else []
     return " / ".join(f"{mean:.1f}" for mean in after) + f" ({len(means)})" if means else "none"
