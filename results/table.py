@@ -51,7 +51,7 @@ def mean_and_seeds(task, variant=""):
 
 
 def new_seeds(task):
-    """After 1 and 3 updates, mean over seeds run when the training's settings stood; their number."""
+    """After 1 and 3 updates, mean over seeds run when training's settings stood; their number."""
     means = [returns.mean(axis=1) for *_, returns in meta_tests(task, variant="heldout")]
     after = np.mean(means, axis=0)[[1, 3]] if means else []
     return " / ".join(f"{mean:.1f}" for mean in after) + f" ({len(means)})" if means else "none"
