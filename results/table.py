@@ -80,9 +80,10 @@ def new_seeds_table():
 def returns_table():
     """A row for each run, for a direction task one for each direction."""
     yield from head("run", "goals", "before", "1 update", "2 updates", "3 updates")
-    for task, name in [*((task, "eval.csv") for task in TASKS), ("ant_dir", "eval-K20.csv")]:
-        for folder, goals, returns in meta_tests(task, name):
-            label = f"`{folder.name}`" + ", K = 20" * (name != "eval.csv")
+    for task, name, variant in [*((task, "eval.csv", "") for task in TASKS),
+                                ("ant_dir", "eval-K20.csv", ""), ("ant_dir", "eval.csv", "K40")]:
+        for folder, goals, returns in meta_tests(task, name, variant):
+            label = f"`{folder.name}`" + ", tested with K = 20" * (name != "eval.csv")
             if tasks.find_task(task).direction:
                 for text, sign in ("forward", 1), ("backward", -1):
                     means = returns[:4, goals == sign].mean(axis=1)
