@@ -99,7 +99,7 @@ class Config:
         for field in dataclasses.fields(self):
             value, kind, limits = getattr(self, field.name), type(field.default), field.metadata
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ValueError(f"{field.name} must be a {kind.__name__}, not {value!r}")
+                raise ValueError(f"{field.name} must be of type {kind.__name__}, not {value!r}")
             if limits["low"] is not None and not limits["low"] <= value <= limits["high"]:
                 raise ValueError(f"{field.name} must be from {limits['low']:g} to "
                                  f"{limits['high']:g}, not {value!r}")
@@ -313,7 +313,7 @@ def explorer_fitness(explored, after, task):
 
 def update_distribution(meta, results, config):
     """A step up Eq. 10 of both Gaussians; mu_a has momentum and weight decay too: -> MetaState."""
-    d_mu, d_sigma = (np.mean([r[i] for r in results], axis=0) for i in (0, 1))  # Eq. 10: 1/M sum_i
+    d_mu, d_sigma = np.mean([(r.d_mu, r.d_sigma) for r in results], axis=0)  # Eq. 10: 1/M sum_i
     fitness = np.array([r.fitness_critic for r in results])
     fitness = fitness if config.paper else centred_ranks(fitness)
     phi = np.stack([r.phi for r in results])[:, None]  # (M, 1, P_c)
@@ -334,7 +334,7 @@ def ascend(d_mu, d_sigma, sigma, k, lr_mu, lr_sigma, config):
     """A step of mu and the next sigma, in [1e-5, 1], up Eq. 10's or the natural gradient: (P,)."""
     if config.paper:  # Eq. 10 as it is, but for the limits of sigma
         step, sigma = lr_mu * d_mu, sigma + lr_sigma * d_sigma
-    else:  # over its Fisher matrix, K / sigma^2 for mu and 2 K for log sigma
+    else:  # over the Fisher matrix of K independent theta: K / sigma^2, and 2 K for log sigma
         step = lr_mu * (d_mu * sigma**2 / k)
         sigma = sigma * np.exp(lr_sigma * (d_sigma * sigma / (2 * k)))
     return step, np.clip(sigma, 1e-5, 1.0)
@@ -669,7 +669,6 @@ class Crew(contextlib.AbstractContextManager):
         if self.kind == "ray":  # its Pool has the same API
             import ray
             from ray.util.multiprocessing import Pool
-
             if not ray.is_initialized():  # RAY_ADDRESS names a running cluster: it has its cores
                 ray.init(num_cpus=None if os.environ.get("RAY_ADDRESS") else n, log_to_driver=False,
                          runtime_env={"working_dir": str(Path(__file__).parent),
@@ -678,11 +677,12 @@ class Crew(contextlib.AbstractContextManager):
             return
         # workers never draw: else each starts a process that looks for glfw, and may outlive it
         os.environ.setdefault("MUJOCO_GL", "off")
-        context = multiprocessing.get_context("spawn")  # a fork would copy locks and threads
         resource_tracker.ensure_running()  # its start would unblock the signal again
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        self.pool = context.Pool(n)  # inherits the mask: workers hear no Ctrl-C
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:  # workers inherit the mask: no Ctrl-C; a fork would copy locks and threads
+            self.pool = multiprocessing.get_context("spawn").Pool(n)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.members, self.lost_errors = [*self.pool._pool], ()  # Pool lists them nowhere else
 
     def __exit__(self, *_):
@@ -754,10 +754,10 @@ def load_checkpoint(path):
             if stored["version"] != VERSION:
                 raise ValueError(f"version {stored['version']}, not {VERSION}")
             meta = MetaState(**{name: archive[name] for name in MetaState._fields})
-        config = Config(**stored["config"])
+        return Config(**stored["config"]), meta._replace(iteration=int(meta.iteration),
+                                                         env_steps=int(meta.env_steps))
     except Exception as error:  # zipfile, zlib, numpy and json have many for broken bytes
         raise ValueError(f"{path} is no checkpoint of esmeta: {error!s:.200}") from None
-    return config, meta._replace(iteration=int(meta.iteration), env_steps=int(meta.env_steps))
 
 
 @np.errstate(all="ignore")  # an adaptation that diverges returns NaN, which says enough

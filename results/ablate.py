@@ -63,7 +63,9 @@ def final_return(config, names, iterations, crew):
         try:
             meta, row, _ = as_the_paper(names, esmeta.iterate, config, meta,
                                         LiteralCrew(crew, names))
-        except RuntimeError:  # no worker has a finite fitness
+        except RuntimeError as error:
+            if "finite" not in str(error):  # a process died
+                raise
             return np.nan
         after.append(row["return_after"])
     return np.mean(after[-max(1, iterations // 4):])
@@ -87,7 +89,7 @@ def ablations(variants, task, iterations, seeds, crew):
 
 
 def main(argv=None):
-    """The program: -> exit status 0; 2 bad input."""
+    """The program: -> exit status 0; 2 bad input; 1 where processes died."""
     parser = esmeta.OneLineParser("results.ablate", description=__doc__)
     parser.add_argument("variant", nargs="*", help="settings; none: VARIANTS")
     parser.add_argument("--task", default="cheetah_vel")
@@ -101,9 +103,9 @@ def main(argv=None):
         with esmeta.Crew(args.processes) as crew:
             tabulate(HEADER, ablations(args.variant or VARIANTS, args.task, args.iterations,
                                        args.seeds, crew), None if args.variant else TABLE)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(f"results.ablate: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     return 0
 
 

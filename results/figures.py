@@ -59,6 +59,17 @@ def read_config(folder):
         raise ValueError(f"{path} is no configuration of esmeta") from None
 
 
+def read_task(folder):
+    """The task of a run of any method, None without config.json; ValueError for another file."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return tasks.find_task(json.loads(path.read_text())["task"]).name
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} names no task of esmeta") from None
+
+
 def read_eval(folder, task, name="eval.csv"):
     """A run's meta-test: -> goals (n,), returns (updates + 1, n); None where there is none."""
     path = Path(folder) / name
@@ -287,12 +298,12 @@ def adaptation(plt):
 
 def training(plt, folders):
     """Before, explorers and after against iterations, a panel for each run."""
-    logs, configs = [read_log(f) for f in folders], [read_config(f) for f in folders]
+    logs, names = [read_log(f) for f in folders], [read_task(f) for f in folders]
     columns = min(2, len(folders))
     rows = -(-len(folders) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(10, 5.4 if rows == 1 else 4.6 * rows),
                                 layout="constrained", squeeze=False)
-    for ax, folder, log, config in zip(axes.flat, folders, logs, configs):
+    for ax, folder, log, task in zip(axes.flat, folders, logs, names):
         few = "." if len(log["iteration"]) < 3 else None  # one point makes no line
         for column, label, colour, width in (  # explorers are often close to before: wide, below
                 ("return_explorers", "explorers", "#f5b58a", 3.5),
@@ -300,7 +311,7 @@ def training(plt, folders):
             if column in log:  # MAML has no explorers
                 ax.plot(log["iteration"] + 1, log[column], color=colour, lw=width, label=label,
                         marker=few)
-        yardsticks(ax, config and config.task)
+        yardsticks(ax, task)
         steps, hours = log["env_steps"][-1] / 1e6, log["seconds"].sum() / 3600
         finish(ax, f"{Path(folder).resolve().name}: {steps:.1f} M steps, {hours:.1f} h",
                ylabel="return of an episode")  # of any task, of any length
@@ -330,7 +341,7 @@ def main(argv=None):
     try:
         folders = parser.parse_args(argv).run
         for folder in folders:  # before the slow import, and whether or not it is there
-            read_log(folder), read_config(folder)
+            read_log(folder), read_task(folder)
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt

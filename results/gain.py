@@ -67,13 +67,13 @@ def gains(stored, meta, updates, variants, crew):
         before, after = returns[:, 0], returns[:, -1]
         reference = after if reference is None else reference
         row = [before.mean(), after.mean(), (after - before).mean(), (after - reference).mean(),
-               (after - reference).std() / len(goals) ** 0.5]
+               (after - reference).std(ddof=1) / len(goals) ** 0.5]
         yield ",".join([stored.task, str(updates), variant or "as trained",
                         *(f"{value:.1f}" for value in row)])
 
 
 def main(argv=None):
-    """The program: -> exit status 0; 2 where the checkpoint or a setting is none."""
+    """The program: -> exit status 0; 2 no checkpoint or setting; 1 where processes died."""
     parser = esmeta.OneLineParser("results.gain", description=__doc__)
     parser.add_argument("run", nargs="?", help="checkpoint or run directory; none: CASES")
     parser.add_argument("variant", nargs="*", help="settings")
@@ -87,9 +87,9 @@ def main(argv=None):
         with esmeta.Crew() as crew:
             rows = (row for case in cases for row in gains(*case, crew))
             tabulate(HEADER, rows, None if args.run else TABLE)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(f"results.gain: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     return 0
 
 

@@ -89,7 +89,7 @@ def returns_table():
                     means = returns[:4, goals == sign].mean(axis=1)
                     yield row([label, text, *(f"{mean:.1f}" for mean in means)])
             else:
-                half = 1.96 * returns.std(axis=1) / len(goals) ** 0.5
+                half = 1.96 * returns.std(axis=1, ddof=1) / len(goals) ** 0.5
                 yield row([label, len(goals), *(f"{mean:.1f} ± {h:.1f}" for mean, h
                                                 in zip(returns[:4].mean(axis=1), half))])
 

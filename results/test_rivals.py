@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 import tasks
 from esmeta import Dims
-from results import ablate, baldwin, maml
+from results import ablate, baldwin, figures, maml, table
 
 HERE = Path(esmeta.__file__).parent
 SEED = st.integers(0, 2**32 - 1)
@@ -108,6 +108,18 @@ def test_ablations_take_the_papers_line_in_the_functions_that_they_name_and_no_o
     assert differ(["make_normaliser"]) == (False, True)
     readme = (HERE / "README.md").read_text().split("## Differences")[1].split("## Property")[0]
     assert all(f"`{name}`: " in readme for name in ablate.DIFFER) and len(ablate.DIFFER) == 7
+
+
+def test_the_tables_of_the_readmes_are_those_of_the_files(capsys):
+    assert table.main([]) == 0
+    lines = {line for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
+    texts = [(HERE / name).read_text() for name in ("README.md", "results/README.md")]
+    assert len(lines) > 60 and lines <= {*"\n".join(texts).splitlines()}
+
+
+def test_training_curves_of_any_method_can_be_drawn():
+    for name in "cheetah_vel-seed0", "cheetah_vel-baldwin-seed0", "cheetah_vel-maml-seed0":
+        assert figures.read_task(HERE / "results" / name) == "cheetah_vel"
 
 
 def make_maml_task(torch, updates):
