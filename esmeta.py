@@ -2,7 +2,7 @@
 
 One file of NumPy for one paper, "Meta Reinforcement Learning with Distribution of Exploration
 Parameters Learned by Evolution Strategies" (Shen, Yang, Yuan, Liu). The tasks are in tasks.py.
-Where our form differs from the paper's, the code asks for `--paper`; README lists what is in both.
+Where our form differs from the paper's, the code asks for `--paper`. README lists the differences.
 
 Symbols                                                    shape     made by
   mu, sigma   mean and std of P_actor and P_critic         (P,)      initial_state
@@ -293,7 +293,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
         [tests] = rollout(config.task, theta_bar + move[task], starts, normalise, [goals[task]],
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
-    # F_ij: explorer j takes the step; test r of pair p is on task (p + r) mod G, from one start
+    # F_ij: j takes the step; test r of pair p is on task (p + r) mod G: slow goals get more
     r, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + r) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
@@ -302,7 +302,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
 
 
 def explorer_fitness(explored, after, task):
-    """F_j: what explorer j earns while exploring, and by how much its tests beat their task's mean.
+    """F_j: return while exploring, plus the tests' lead over their task's mean: common gains cancel.
 
     explored (G, K); after (T,), test t is of explorer t mod K on task[t] -> (K,).
     """
