@@ -195,12 +195,14 @@ def figure1(plt):
     for ax, (task, runs) in zip(axes.flat, found):
         curve(ax, runs, "return_after", "ESMeta, after adaptation", BLUE, steps=True)
         curve(ax, runs, "return_before", "ESMeta, before", GREY, steps=True, lw=1)
+        counts = [f"ESMeta {len(runs)}"]
         for variant, label, colour in RIVALS:
             if rival := find_runs(task, variant):
-                curve(ax, rival, "return_after", f"{label} ({seeds(rival)}), after adaptation",
-                      colour, steps=True, lw=0.8)
+                curve(ax, rival, "return_after", f"{label}, after adaptation", colour, steps=True,
+                      lw=0.8)
+                counts.append(f"{label} {len(rival)}")
         yardsticks(ax, task)
-        finish(ax, f"{task} (ESMeta: {seeds(runs)})", "steps of all tasks, millions")
+        finish(ax, f"{task}\nseeds: {', '.join(counts)}", "steps of all tasks, millions")
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
     shared_legend(figure, axes)
