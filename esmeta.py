@@ -302,7 +302,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
 
 
 def explorer_fitness(explored, after, task):
-    """F_j: return while exploring, plus the tests' lead over their task's mean: common gains cancel.
+    """F_j: return while exploring plus the tests' lead over their task's mean; common gains cancel.
 
     explored (G, K); after (T,), test t is of explorer t mod K on task[t] -> (K,).
     """
