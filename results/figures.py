@@ -172,11 +172,6 @@ def shared_legend(figure, axes):
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3)
 
 
-def seeds(runs):
-    """How many seeds, in words."""
-    return f"{len(runs)} seed" + "s" * (len(runs) != 1)
-
-
 def save(figure, path):
     """Write the picture and say so."""
     figure.savefig(path)
@@ -215,7 +210,7 @@ def setting_label(runs, part):
     plural = "s" * (config.cycles != 1)
     text = (f"{config.cycles} gradient update{plural}" if part == "cycles" else
             f"{config.workers} workers, sigma {'learned' if config.lr_sigma_actor else 'fixed'}")
-    return f"{text} ({seeds(runs)})"
+    return f"{text} ({len(runs)} seed{'s' * (len(runs) != 1)})"
 
 
 def figure2(plt, task="cheetah_vel"):
