@@ -1,11 +1,12 @@
 """What a setting of the training, or a difference from the paper, is worth, in short runs.
 
     python -m results.ablate                         # all of them, to results/ablations.csv
-    python -m results.ablate --task ant_vel tests=1  # some: prints, writes nothing
+    python -m results.ablate --task ant_vel tests=1  # any argument: only prints
 
 One row a variant: `return_after`, mean over the last quarter of the iterations and over seeds, and
 its range over seeds. A variant is `name=value flag`, the settings of the command line, and
-`paper:sample_tasks`, a function of esmeta that takes the line of `if config.paper:`.
+`paper:sample_tasks`, a function of esmeta that takes the line of `if config.paper:`. Variants of
+`goals`, `tests` and `paper:evaluate_adapted` change what `return_after` is a mean of.
 """
 
 import dataclasses
@@ -89,7 +90,7 @@ def ablations(variants, task, iterations, seeds, crew):
 
 
 def main(argv=None):
-    """The program: -> exit status 0; 2 bad input; 1 where processes died."""
+    """The program: -> exit status 0; 2 bad input; 1 disk or processes failed."""
     parser = esmeta.OneLineParser("results.ablate", description=__doc__)
     parser.add_argument("variant", nargs="*", help="settings; none: VARIANTS")
     parser.add_argument("--task", default="cheetah_vel")
@@ -102,8 +103,9 @@ def main(argv=None):
             raise ValueError("--iterations and --seeds must be at least 1")
         with esmeta.Crew(args.processes) as crew:
             tabulate(HEADER, ablations(args.variant or VARIANTS, args.task, args.iterations,
-                                       args.seeds, crew), None if args.variant else TABLE)
-    except (ValueError, RuntimeError) as error:
+                                       args.seeds, crew),
+                     TABLE if args == parser.parse_args([]) else None)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"results.ablate: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0

@@ -129,6 +129,7 @@ def train(config, iterations=esmeta.ITERATIONS, processes=None, out=None, resume
                   flush=True)
 
 
+@np.errstate(all="ignore")  # as esmeta's
 def evaluate_goal(config, meta, goal, index, updates):
     """esmeta.evaluate_goal with A2C: mean returns of mu before and after each update, (U + 1,)."""
     normalise, k = esmeta.make_normaliser(meta, config), config.rollouts

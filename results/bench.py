@@ -317,10 +317,11 @@ def bench(name, processes, quick):
 
 
 def main(argv=None):
-    """The program: -> exit status 0; 2 bad input."""
+    """The program: -> exit status 0; 2 bad input; 1 disk or processes failed."""
     parser = esmeta.OneLineParser("results.bench", description=__doc__)
     parser.add_argument("--task", nargs="+", default=["cheetah_vel", "ant_vel"], help="to time")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="most to try")
+    parser.add_argument("--processes", type=int, default=esmeta.Crew().processes,
+                        help="most to try (default: the cores)")
     parser.add_argument("--quick", action="store_true", help="one repetition, few workers: a check")
     try:
         args = parser.parse_args(argv)
@@ -331,9 +332,9 @@ def main(argv=None):
         for name in args.task:
             bench(name, args.processes, args.quick)
         show_memory(args.processes, args.quick)
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     return 0
 
 

@@ -151,7 +151,8 @@ def yardsticks(ax, task, updates="1", constant=True):
     lines.append((published(task, "oracle", ""), "oracle that sees the goal", ":"))
     if constant and task in TASKS and not tasks.find_task(task).direction:
         goals = tasks.test_goals(task)
-        lines.append((constant_speed(task, goals).mean(), "best constant speed", (0, (6, 3, 1, 3))))
+        lines.append((constant_speed(task, goals).mean(), "best constant speed, without costs",
+                      (0, (6, 3, 1, 3))))
     for (value, label, style), colour in zip(lines, ("black", "black", GREEN, GREY)
                                              if len(updates) > 1 else ("black", GREEN, GREY)):
         if value is not None:
@@ -269,6 +270,8 @@ def adaptation(plt):
     for task in TASKS:
         evals = [e for folder in find_runs(task) if (e := read_eval(folder, task)) is not None]
         if evals:
+            if min(len(returns) for _, returns in evals) < 2:
+                raise ValueError(f"a results/{task}-seed*/eval.csv has no update")
             returns = np.mean([returns[:2] for _, returns in evals], axis=0)
             tested[task] = evals[0][0], returns, len(evals)
         else:

@@ -1,11 +1,12 @@
 """What a setting of the adaptation is worth at a fixed checkpoint, in seconds instead of a run.
 
     python -m results.gain                               # all of them, to results/gains.csv
-    python -m results.gain DIR actor_step=2 "n_step=50 gamma=0.99"  # some: prints, writes nothing
+    python -m results.gain DIR actor_step=2 "n_step=50 gamma=0.99"  # any argument: only prints
 
-One row a variant: the return before and after the adaptations of mu, averaged over MAML's first
-10 test goals, the gain, and what it exceeds the gain of the settings trained with by, with its
-standard error over goals. Of the first update all see the same trajectories, but for `rollouts`.
+One row a variant: the return before and after the adaptations of mu, averaged over 40 goals spread
+over the training's (half of them in each direction, not MAML's test goals), the gain, and what it
+exceeds the gain of the settings trained with by, with its standard error over goals, each with its
+own explorers. Of the first update all see the same trajectories, but for `rollouts`.
 """
 
 import dataclasses
@@ -46,24 +47,25 @@ def parse(variant, known=ALL):
 
 
 def tabulate(header, rows, path):
-    """Print a table's rows as they come, and keep them in a file unless path is None."""
+    """Print a table's rows as they come, in the end keep them in a file unless path is None."""
     text = ""
     for row in rows:
         new = row if text else f"{header}\n{row}"  # an error before the first row prints nothing
         print(new, flush=True)
         text += new + "\n"
-        if path is not None:
-            path.write_text(text)
+    if path is not None:
+        esmeta.replace_file(path, text)
 
 
 def gains(stored, meta, updates, variants, crew):
     """Rows of the table for one checkpoint: as trained, then each variant."""
-    goals, reference = tasks.test_goals(stored.task)[:10], None
+    rng, reference = np.random.default_rng(0), None
+    goals = np.concatenate([tasks.spread_goals(stored.task, rng, 2) for _ in range(20)])  # (40, ..)
     configs = {v: dataclasses.replace(stored, **parse(v, USED)) for v in ["", *variants]}
     for variant, config in configs.items():
         jobs = [(config, meta, goal, i, updates, 1) for i, goal in enumerate(goals)]
         results = crew.map(esmeta.evaluate_goal, jobs)
-        returns = np.array([each for each, _ in results])  # (10, updates + 1)
+        returns = np.array([each for each, _ in results])  # (40, updates + 1)
         before, after = returns[:, 0], returns[:, -1]
         reference = after if reference is None else reference
         row = [before.mean(), after.mean(), (after - before).mean(), (after - reference).mean(),
@@ -73,7 +75,7 @@ def gains(stored, meta, updates, variants, crew):
 
 
 def main(argv=None):
-    """The program: -> exit status 0; 2 no checkpoint or setting; 1 where processes died."""
+    """The program: -> exit status 0; 2 no checkpoint or setting; 1 disk or processes failed."""
     parser = esmeta.OneLineParser("results.gain", description=__doc__)
     parser.add_argument("run", nargs="?", help="checkpoint or run directory; none: CASES")
     parser.add_argument("variant", nargs="*", help="settings")
@@ -86,8 +88,8 @@ def main(argv=None):
         cases = [(*esmeta.load_checkpoint(run), args.updates, v) for run, v in cases]
         with esmeta.Crew() as crew:
             rows = (row for case in cases for row in gains(*case, crew))
-            tabulate(HEADER, rows, None if args.run else TABLE)
-    except (ValueError, RuntimeError) as error:
+            tabulate(HEADER, rows, TABLE if args == parser.parse_args([]) else None)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"results.gain: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0

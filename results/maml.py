@@ -263,8 +263,7 @@ def iterate(config, theta, iteration, crew):
         return np.mean(crew.map(derive, jobs), axis=0, dtype=np.float64)
 
     theta, kl = trust_region_step(theta, average, config.max_kl)
-    steps = sum(len(batch.obs) for batches in data for batch in batches)
-    return theta, np.mean(returns, axis=0), kl, steps
+    return theta, np.mean(returns, axis=0), kl, sum(len(x.obs) for batches in data for x in batches)
 
 
 def train(config, crew, out, resume=False):
@@ -273,9 +272,10 @@ def train(config, crew, out, resume=False):
     theta, done, env_steps = initial_theta(config), 0, 0
     if resume:
         stored, theta, done, env_steps = load_run(out)
-        if stored._replace(iterations=config.iterations) != config:
-            raise ValueError(f"{out} was trained with other settings: {stored}")
         log = (out / "log.csv").read_text().splitlines(keepends=True)[: done + 1]
+        if (stored._replace(iterations=config.iterations) != config
+                or not done == len(log) - 1 <= config.iterations):
+            raise ValueError(f"{out} has other settings, more iterations or fewer rows: {stored}")
     elif (out / "checkpoint.npz").exists():
         raise ValueError(f"{out} holds a run: --resume continues it, --out names another place")
     out.mkdir(parents=True, exist_ok=True)
@@ -288,8 +288,7 @@ def train(config, crew, out, resume=False):
         esmeta.replace_file(out / "log.csv", "".join(log))
         np.savez(content, theta=theta, iteration=iteration + 1, env_steps=env_steps)
         esmeta.replace_file(out / "checkpoint.npz", content.getvalue())
-        print(f"{iteration + 1}/{config.iterations} returns {before:.4g} {after:.4g} kl {kl:.2g} "
-              f"{env_steps / 1e6:.4g}M {seconds:.3g}s", flush=True)
+        print(f"{iteration + 1}/{config.iterations} returns {before:.4g} {after:.4g}", flush=True)
     return theta
 
 
@@ -313,12 +312,11 @@ def report_eval(folder, crew):
              for u in range(4) for goal, each in zip(goals, returns)]
     esmeta.replace_file(Path(folder) / "eval.csv", "".join(map(esmeta.csv_line, rows)))
     for kind, means in zip(("mean policy", "stochastic"), returns.mean(axis=0).T):
-        print(f"{config.task}, {kind}, before and after 1, 2, 3 updates: "
-              + " ".join(f"{x:.1f}" for x in means))
+        print(f"{config.task}, {kind}, before and after 1, 2, 3 updates:", *means.round(1))
 
 
 def main(argv=None):
-    """The program: -> exit status 0; 2 bad input or no torch; 1 disk or run failed."""
+    """The program: -> exit status 0; 2 bad input or no torch; 1 disk or run failed, stopped."""
     if torch is None:
         print("results.maml needs torch: pip install torch", file=sys.stderr)
         return 2
@@ -340,6 +338,8 @@ def main(argv=None):
                 folder, resume = given.pop("out"), given.pop("resume", False)
                 train(make_config(**{"task": "cheetah_vel", **given}), crew, folder, resume)
             report_eval(folder, crew)
+    except KeyboardInterrupt:
+        sys.exit("results.maml: stopped; with --resume a training goes on")
     except (ValueError, OSError, RuntimeError) as error:
         print("results.maml: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -66,12 +66,13 @@ def film(config, meta, actor, goal, stride, seed):
         action, _ = esmeta.actor_forward(actor, normalise(obs)[None].astype(actor.dtype), dims)
         obs, reward, end, _, info = env.step(action[0])
         total += reward
-        if t % stride == 0 or end:
+        if t % stride == 0 or end or t == task.horizon - 1:
             picture = Image.fromarray(env.render()).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
             state = (f"velocity {info['x_velocity']:+.2f} m/s" if "x_velocity" in info
                      else f"position {np.array2string(obs, precision=2)} m")
             pictures.append(picture)
-            texts.append((state, f"return {total:.1f}" + (", fell" if end else "")))
+            ending = "" if not end else ", fell" if task.model else ", arrived"
+            texts.append((state, f"return {total:.1f}{ending}"))
         if end:  # nothing is earned after it
             break
     env.close()
@@ -121,7 +122,8 @@ def make_video(args):
     plural = "s" * (args.updates > 1)
     frames = compose(films, (f"{config.task} before adaptation",
                              f"after {args.updates} update{plural}"), goal_text)
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=int(1000 * FRAME), loop=0)
+    frames[0].save(out, save_all=True, append_images=frames[1:], loop=0,
+                   duration=round(1000 * stride * step / args.speed))
     before, after = (texts[-1][1] for _, texts in films)
     print(f"{out}: {len(frames)} frames, before: {before}, after: {after}")
 
