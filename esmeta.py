@@ -5,13 +5,13 @@ Parameters Learned by Evolution Strategies" (Shen, Yang, Yuan, Liu). The tasks a
 Where our form differs from the paper's, the code asks for `--paper`. README lists the differences.
 
 Symbols                                                    shape     made by
-  mu, sigma   mean and std of P_actor and P_critic         (P,)      initial_state
+  mu, sigma   mean and std of P_actor (P_critic: (P_c,))   (P,)      initial_state
   theta       weights of a worker's K explorers            (K, P)    sample_explorers
   theta_bar   mean of the K explorers: the actor to adapt  (P,)      evaluate_worker
   phi         weights of a worker's critic                 (P_c,)    evaluate_worker
   F           fitness of each explorer (--paper: one, ())  (K,)      evaluate_adapted
   M, K, G, T  workers; explorers, tasks and tests of a worker
-  H, B, P     horizon in steps; steps taken as one batch; weights of an actor (P_c: of a critic)
+  H, B, P     horizon in steps; rows of an array of steps; weights of an actor (P_c: of a critic)
 
 Algorithm 1                                                          function
   initialise P_actor(mu_a, sigma_a), P_critic(mu_c, sigma_c)         initial_state
@@ -277,13 +277,13 @@ def sample_explorers(mu, sigma, config, rng):
     k, p = config.rollouts, len(mu)
     n = k if config.paper else k // 2  # independent explorers, or pairs
     eps, starts = rng.standard_normal((n, p), np.float32), rng.integers(2**31, size=n)
-    if n < k:  # each pair mirrored, eps and -eps, from one start: theta_bar is mu
+    if n < k:  # each pair mirrored, eps and -eps, from one start: theta_bar is mu, but for rounding
         eps, starts = np.stack([eps, -eps], axis=1).reshape(k, p), np.repeat(starts, 2)
     return mu + sigma * eps, starts
 
 
 def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config, rng):
-    """Test a worker's adaptations, theta_bar + move (G, P), on fresh starts, and score theta.
+    """Test theta + move (--paper: theta_bar + move), move (G, P), on fresh starts, score theta.
 
     explored (G, K), the explorers' returns -> Trajectories of T tests, tasks (T,), F (K,) or ().
     """
@@ -293,7 +293,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
         [tests] = rollout(config.task, theta_bar + move[task], starts, normalise, [goals[task]],
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
-    # F_ij: j takes the step; test r of pair p, one start, is on task (p + r) mod G, more on slow
+    # F_ij: in test r explorer j takes the step of task (j // 2 + r) mod G; pairs share a start
     r, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + r) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
@@ -306,7 +306,7 @@ def explorer_fitness(explored, after, task):
 
     explored (G, K); after (T,), test t is of explorer t mod K on task[t] -> (K,).
     """
-    task_mean = np.bincount(task, after) / np.bincount(task)  # (G,)
+    task_mean = np.bincount(task, after) / np.bincount(task)  # (G,), less where the last has none
     ahead = (after - task_mean[task]).reshape(-1, explored.shape[1])  # (tests, K)
     return explored.mean(axis=0) + ahead.mean(axis=0)
 
@@ -421,7 +421,7 @@ def adapt(theta_bar, phi, data, sigma, config, dims, rng, value=None):
                                           config.actor_step)
             target = tuple((1 - TARGET_TAU) * old + TARGET_TAU * new
                            for old, new in zip(target, (theta, phi)))
-        else:  # a step along sigma^2 times the gradient, as long as so many sigmas
+        else:  # along sigma^2 times the gradient: |(theta' - theta) / sigma| = actor_step
             direction = sigma * gradient
             length = max(float(np.linalg.norm(direction)), 1e-30)
             theta = theta + sigma * direction * (config.actor_step / length)
@@ -590,7 +590,7 @@ def rollout(task, theta, starts, normalise, goals, bonus=0.0, noise=None):
     """Episodes of A actors theta (A, P) from N seeds `starts`, N / A in turn for each.
 
     No dynamics depend on the goal: -> a list, the Trajectories under each of `goals`, (..) or
-    (N, ..), where a living step earns `bonus` more. `noise` (H, N, act) is added to the actions.
+    (N, ..), where each step taken earns `bonus` more. `noise` (H, N, act) is added to the actions.
     """
     dims, horizon, n = task_dims(task), tasks.TASKS[task].horizon, len(starts)
     # an ant that has fallen costs no more steps; where a point ends depends on its goal
@@ -640,7 +640,7 @@ class Crew(contextlib.AbstractContextManager):
         self.kind, self.pool = kind, None
         if not 1 <= self.processes <= 4096 or kind not in ("local", "ray"):
             raise ValueError(f"not 1 to 4096 processes, local or ray: {processes}, {kind!r}")
-        if kind == "ray" and importlib.util.find_spec("ray") is None:
+        if kind == "ray" and getattr(importlib.util.find_spec("ray"), "origin", None) is None:
             raise ValueError("--pool ray needs ray: pip install ray")
 
     def map(self, function, jobs):
@@ -704,8 +704,8 @@ class Crew(contextlib.AbstractContextManager):
 def open_run(out, config, resume):
     """Make or check a run directory, cut its log.csv: -> the state to go on from."""
     log, checkpoint = out / "log.csv", out / "checkpoint.npz"
-    if out.exists() and not out.is_dir() or resume and not out.exists():
-        raise ValueError(f"{out} is no run directory")
+    if out.exists() and not out.is_dir() or resume and not checkpoint.exists():
+        raise ValueError(f"{out} is no run directory: it has no {checkpoint.name}")
     if checkpoint.exists() and not resume:
         raise ValueError(f"{out} holds a run: --resume continues it, --out names another place")
     out.mkdir(parents=True, exist_ok=True)
@@ -780,10 +780,10 @@ def evaluate_goal(config, meta, goal, index, updates, seed):
 
 
 def config_of_update(update, data, config):
-    """Config of a meta-test's update: its step is `shrink` times as long as that of the one before.
+    """Config of a meta-test's update: its step is the training's times `shrink`^update.
 
-    Where the task has a best reward, it also grows with the distance d of the rewards' later half
-    from it: times 4 d / (range of goals), which is 1 at the goals' mean distance from their middle.
+    Where the task has a best reward, it is also times 4 d / (range of goals), in [0, MAX_STRETCH]:
+    the rewards' later half is d below it. That is 1 at the goals' mean distance from their middle.
     """
     if config.paper:  # steps as in training
         return config

@@ -1423,7 +1423,7 @@ def test_fault_interrupted_run_stops_cleanly(signum, send, delay, processes, tmp
 def test_fault_main_process_killed_8_times(tmp_path):
     out, rng, groups = tmp_path / "run", np.random.default_rng(3), []
     for kill in range(8):
-        known, resume = iteration_of(out), " --resume" * out.is_dir()
+        known, resume = iteration_of(out), " --resume" * (out / "checkpoint.npz").exists()
         process = launch(f"{TINY} --iterations 9999 --processes {1 + kill // 6}{resume}", out)
         if kill % 4:  # in the iterations that follow the first
             wait_until(lambda: process.poll() is not None or iteration_of(out) > known)
@@ -1527,7 +1527,7 @@ def test_input_that_does_not_fit_the_run_or_the_machine(flags, word, refused, mo
 def test_input_log_without_a_checkpoint_is_refused(copy, refused):
     (copy / "checkpoint.npz").unlink()
     for flags in "", " --resume", " --resume --iterations 0":
-        assert "log.csv" in refused(f"{TINY} --out run{flags}")
+        assert "checkpoint.npz" in refused(f"{TINY} --out run{flags}")
 
 
 @pytest.mark.parametrize("damage", [  # of the lines
