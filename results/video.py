@@ -38,7 +38,7 @@ import gymnasium
 import numpy as np
 import tasks
 
-SIZE, FRAME = 320, 0.04  # pixels of a picture, seconds that the film shows it
+SIZE, FRAME = 320, 0.04  # pixels of a picture, seconds of the film that it lasts, about
 
 
 def parse_goal(task, numbers):
