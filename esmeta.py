@@ -2,7 +2,7 @@
 
 One file of NumPy for one paper, "Meta Reinforcement Learning with Distribution of Exploration
 Parameters Learned by Evolution Strategies" (Shen, Yang, Yuan, Liu). The tasks are in tasks.py.
-Where our form differs from the paper's, the code asks for `--paper`. README lists the differences.
+Where our form differs from the paper's, the code branches on config.paper; README lists these.
 
 Symbols                                                    shape     made by
   mu, sigma   mean and std of P_actor (P_critic: (P_c,))   (P,)      initial_state
@@ -10,7 +10,7 @@ Symbols                                                    shape     made by
   theta_bar   mean of the K explorers: the actor to adapt  (P,)      evaluate_worker
   phi         weights of a worker's critic                 (P_c,)    evaluate_worker
   F           fitness of each explorer (--paper: one, ())  (K,)      evaluate_adapted
-  M, K, G, T  workers; explorers, tasks and tests of a worker
+  M, K, G, T  workers; explorers, tasks (the paper's T_t) and test episodes of a worker
   H, B, P     horizon in steps; rows of an array of steps; weights of an actor (P_c: of a critic)
 
 Algorithm 1                                                          function
@@ -31,7 +31,7 @@ Algorithm 1                                                          function
 import os
 
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_threads] = "1"  # the processes have the cores; more threads round sums otherwise
+    os.environ[_threads] = "1"  # processes fill the cores; and sums round by number of threads
 
 import argparse
 import contextlib
@@ -92,7 +92,7 @@ class Config:
     critic_updates: int = inner(12, "ours", "minibatches that a cycle fits the critic to", 1, 10**6)
     batch: int = inner(256, "ours", "steps in a minibatch", 1, 10**6)
     critic_lr: float = inner(3e-3, "ours", "Adam rate of the critic", 0, 10)
-    actor_step: float = inner(4.5, "ours", "sigmas of the actor's step; --paper: Adam rate", 0, 1e6)
+    actor_step: float = inner(4.5, "ours", "sigmas in the actor's step; --paper: Adam rate", 0, 1e6)
 
     def __post_init__(self):
         """Raise ValueError, one line, for a field that is not of its type or makes no sense."""
@@ -226,7 +226,7 @@ def iterate(config, meta, crew):
     returns = np.mean([r.returns for r in fine], axis=0)
     error = -np.mean([r.fitness_critic for r in fine])
     row = dict(zip(LOG_COLUMNS, (meta.iteration, *returns, error, float(new.sigma_actor.mean()),
-                                 float(ratio), new.env_steps, 0.0)))
+                                 float(ratio), new.env_steps)))
     return new, row, len(results) - len(fine)
 
 
@@ -241,13 +241,13 @@ def evaluate_worker(config, meta, worker):
     theta_bar = theta.mean(axis=0)  # (P,)
     eps = rng.standard_normal(len(meta.mu_critic), np.float32)
     phi = meta.mu_critic + meta.sigma_critic * eps  # (P_c,) ~ N(mu_c, sigma_c^2)
-    # no dynamics depend on the goal: all tasks share one exploration, with theta_bar beside it
+    # no dynamics depend on the goal: one exploration for all tasks; theta_bar's is only logged
     scored = rollout(config.task, np.vstack([theta, theta_bar]), [*starts, rng.integers(2**31)],
                      normalise, goals, bonus)
     value = state_values(theta_bar, phi, scored[0].obs[:, :k], dims)  # (H + 1, K)
     adapted = [adapt(theta_bar, phi, data.part(slice(k)), sigma, config, dims, rng, value)
                for data in scored]
-    move = np.stack([actor for actor, _ in adapted]) - theta_bar  # (G, P)
+    move = np.stack([actor for actor, _ in adapted]) - theta_bar  # (G, P): theta' - theta_bar
     explored = np.array([data.returns() for data in scored])[:, :k]  # (G, K)
     tests, task, fitness = evaluate_adapted(
         theta, theta_bar, move, explored, goals, normalise, config, rng)
@@ -293,7 +293,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
         [tests] = rollout(config.task, theta_bar + move[task], starts, normalise, [goals[task]],
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
-    # F_ij: in test r explorer j takes the step of task (j // 2 + r) mod G; pairs share a start
+    # test r of j takes the step of task (j // 2 + r) mod G: pairs alike, more tests of early tasks
     r, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + r) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
@@ -403,7 +403,7 @@ def adapt(theta_bar, phi, data, sigma, config, dims, rng, value=None):
     """
     obs, action = data.obs[:-1][data.valid], data.action[data.valid]  # (B, obs), (B, act)
     value = state_values(theta_bar, phi, data.obs, dims) if value is None else value
-    if not config.paper:  # the critic starts from the right mean, which Adam is slow to find
+    if not config.paper:  # not the sampled bias: Adam would be slow to find the right mean
         offset = data.reward[data.valid].mean() / (1 - config.gamma) - phi[-1]
         phi, value = np.append(phi[:-1], phi[-1] + offset), value + offset
     theta, target = theta_bar, (theta_bar, phi)
@@ -423,7 +423,7 @@ def adapt(theta_bar, phi, data, sigma, config, dims, rng, value=None):
                            for old, new in zip(target, (theta, phi)))
         else:  # along sigma^2 times the gradient: |(theta' - theta) / sigma| = actor_step
             direction = sigma * gradient
-            length = max(float(np.linalg.norm(direction)), 1e-30)
+            length = max(float(np.linalg.norm(direction)), 1e-20)
             theta = theta + sigma * direction * (config.actor_step / length)
             target = theta, phi
     return theta, phi
@@ -587,7 +587,7 @@ def critic_backward(d_q, cache):
 
 
 def rollout(task, theta, starts, normalise, goals, bonus=0.0, noise=None):
-    """Episodes of A actors theta (A, P) from N seeds `starts`, N / A in turn for each.
+    """An episode from each of N seeds `starts`, the a-th N / A by actor a of theta (A, P).
 
     No dynamics depend on the goal: -> a list, the Trajectories under each of `goals`, (..) or
     (N, ..), where each step taken earns `bonus` more. `noise` (H, N, act) is added to the actions.

@@ -6,7 +6,8 @@
 One row a variant: `return_after`, mean over the last quarter of the iterations and over seeds, and
 its range over seeds. A variant is `name=value flag`, the settings of the command line, and
 `paper:sample_tasks`, a function of esmeta that takes the line of `if config.paper:`. Variants of
-`goals`, `tests` and `paper:evaluate_adapted` change what `return_after` is a mean of.
+`goals`, `tests`, `paper:sample_tasks` and `paper:evaluate_adapted` change what `return_after` is a
+mean of.
 """
 
 import dataclasses
