@@ -226,7 +226,7 @@ def iterate(config, meta, crew):
     returns = np.mean([r.returns for r in fine], axis=0)
     error = -np.mean([r.fitness_critic for r in fine])
     row = dict(zip(LOG_COLUMNS, (meta.iteration, *returns, error, float(new.sigma_actor.mean()),
-                                 float(ratio), new.env_steps)))
+                                 float(ratio), new.env_steps, 0.0)))
     return new, row, len(results) - len(fine)
 
 
