@@ -247,7 +247,7 @@ def evaluate_worker(config, meta, worker):
     value = state_values(theta_bar, phi, scored[0].obs[:, :k], dims)  # (H + 1, K)
     adapted = [adapt(theta_bar, phi, data.part(slice(k)), sigma, config, dims, rng, value)
                for data in scored]
-    move = np.stack([actor for actor, _ in adapted]) - theta_bar  # (G, P): theta' - theta_bar
+    move = np.stack([actor for actor, _ in adapted]) - theta_bar  # (G, P)
     explored = np.array([data.returns() for data in scored])[:, :k]  # (G, K)
     tests, task, fitness = evaluate_adapted(
         theta, theta_bar, move, explored, goals, normalise, config, rng)
@@ -293,7 +293,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
         [tests] = rollout(config.task, theta_bar + move[task], starts, normalise, [goals[task]],
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
-    # test r of j takes the step of task (j // 2 + r) mod G: pairs alike, more tests of early tasks
+    # test r of j: the step of task (j // 2 + r) mod G; pairs share a start, early tasks have more
     r, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + r) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
