@@ -805,7 +805,7 @@ def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
     config, meta = load_checkpoint(path)
     task = tasks.TASKS[config.task]
     config = dataclasses.replace(config, rollouts=task.rollouts if rollouts is None else rollouts)
-    goals = tasks.test_goals(config.task) if goals is None else np.asarray(goals, float)
+    goals = tasks.test_goals(task.name) if goals is None else np.asarray_chkfinite(goals, float)
     if 0 in (goals.ndim, goals.size) or goals.shape[1:] != task.goal_shape or updates < 0:
         raise ValueError(f"goals must have shape {('n', *task.goal_shape)}, updates be at least 0, "
                          f"not {goals.shape}, {updates}".replace("'", ""))
@@ -887,9 +887,9 @@ def main(argv=None):
         print("esmeta: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     finally:
-        SIGNALS.clear()
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+        SIGNALS.clear()
     return 0
 
 

@@ -13,6 +13,10 @@ while [ -L "$script" ]; do # macOS had no readlink -f for long
 done
 here=$(cd "$(dirname "$script")" && pwd)
 python=$here/.venv/bin/python
+if command -v flock >/dev/null; then # two launches at once would delete each other's .venv
+  exec 9<"$here"
+  flock 9
+fi
 # an upgrade of Python leaves an environment that does not start or has lost its packages
 if ! "$python" -I -c 'import pip' 2>/dev/null; then
   rm -rf "$here/.venv"
@@ -30,6 +34,7 @@ if ! cmp -s "$here/requirements.txt" "$here/.venv/installed.txt"; then
   "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
   cp "$here/requirements.txt" "$here/.venv/installed.txt"
 fi
+exec 9<&- # else a training would hold the lock
 if [ "${1:-}" = test ]; then
   shift
   cd "$here"

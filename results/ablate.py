@@ -20,6 +20,7 @@ from unittest import mock
 import esmeta
 import numpy as np
 from results.gain import parse, tabulate
+from results.guard import one_line
 
 TABLE = Path(__file__).parent / "ablations.csv"
 HEADER = "task,iterations,seeds,setting,return_after,range"
@@ -37,13 +38,14 @@ VARIANTS = [
 
 def as_the_paper(names, function, *args):
     """function(*args), while the functions of esmeta called `names` see `paper` set."""
-    def literal(own):
-        return lambda *args: own(*(dataclasses.replace(x, paper=True) if isinstance(
+    def see(own, paper):
+        return lambda *args: own(*(dataclasses.replace(x, paper=paper) if isinstance(
             x, esmeta.Config) else x for x in args))
 
     if not names:
         return function(*args)
-    with mock.patch.multiple(esmeta, **{name: literal(getattr(esmeta, name)) for name in names}):
+    with mock.patch.multiple(esmeta, **{  # the others too: one may hand its config to another
+            name: see(getattr(esmeta, name), name in names) for name in DIFFER}):
         return function(*args)
 
 
@@ -90,26 +92,22 @@ def ablations(variants, task, iterations, seeds, crew):
         yield f"{task},{iterations},{seeds},{variant or 'default'},{np.mean(values):.1f},{spread}"
 
 
+@one_line("results.ablate")
 def main(argv=None):
-    """The program: -> exit status 0; 2 bad input; 1 disk or processes failed."""
+    """The program."""
     parser = esmeta.OneLineParser("results.ablate", description=__doc__)
     parser.add_argument("variant", nargs="*", help="settings; none: VARIANTS")
     parser.add_argument("--task", default="cheetah_vel")
     parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, help="default: the cores")
-    try:
-        args = parser.parse_args(argv)
-        if min(args.iterations, args.seeds) < 1:
-            raise ValueError("--iterations and --seeds must be at least 1")
-        with esmeta.Crew(args.processes) as crew:
-            tabulate(HEADER, ablations(args.variant or VARIANTS, args.task, args.iterations,
-                                       args.seeds, crew),
-                     TABLE if args == parser.parse_args([]) else None)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"results.ablate: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if min(args.iterations, args.seeds) < 1:
+        raise ValueError("--iterations and --seeds must be at least 1")
+    with esmeta.Crew(args.processes) as crew:
+        rows = ablations(args.variant or VARIANTS, args.task, args.iterations, args.seeds, crew)
+        tabulate(HEADER, rows, None if argv else TABLE)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import esmeta
 import numpy as np
 import tasks
 from esmeta import actor_forward, nstep_targets, state_values
+from results.guard import one_line
 
 ACTION_STD = 0.3  # of the policy, whose actions are cut at -1 and 1
 VERSION = "1 of results.baldwin"  # of checkpoints, which esmeta refuses, as it adapts otherwise
@@ -162,8 +163,9 @@ def report_eval(path, updates=1, processes=None):
     print(f"{config.task} before and after updates: {returns.mean(axis=1).round(1).tolist()}")
 
 
+@one_line("baldwin")
 def main(argv=None):
-    """The program, with esmeta's flags: -> exit status 0; 2 bad input; 1 disk or run failed."""
+    """The program, with esmeta's flags."""
     fields = {field.name for field in dataclasses.fields(esmeta.Config)}
     parser = esmeta.make_parser()
     parser.prog, parser.description = "results.baldwin", __doc__
@@ -181,12 +183,8 @@ def main(argv=None):
         else:
             settings = {name: given.pop(name) for name in fields & given.keys()}
             train(esmeta.make_config(**settings), **given)
-    except (ValueError, OSError, RuntimeError) as error:
-        print("baldwin: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
     finally:
         esmeta.VERSION = usual
-    return 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import mujoco
 import mujoco.rollout
 import numpy as np
 import tasks
+from results.guard import one_line
 
 BANDWIDTH = 125e6  # bytes/s of a 1 Gbit/s network, assumed by the model of many processes
 TARGETS = {  # closed loop / C loop, closed loop / SyncVectorEnv, worker / its physics
@@ -316,26 +317,22 @@ def bench(name, processes, quick):
     show_model(worker, serial, job + back, m)
 
 
+@one_line("bench")
 def main(argv=None):
-    """The program: -> exit status 0; 2 bad input; 1 disk or processes failed."""
+    """The program."""
     parser = esmeta.OneLineParser("results.bench", description=__doc__)
     parser.add_argument("--task", nargs="+", default=["cheetah_vel", "ant_vel"], help="to time")
     parser.add_argument("--processes", type=int, default=esmeta.Crew().processes,
                         help="most to try (default: the cores)")
     parser.add_argument("--quick", action="store_true", help="one repetition, few workers: a check")
-    try:
-        args = parser.parse_args(argv)
-        if args.processes < 1:
-            raise ValueError(f"--processes must be at least 1, not {args.processes}")
-        if flat := [name for name in args.task if tasks.find_task(name).model is None]:
-            raise ValueError(f"{flat[0]} has no physics to compare with")
-        for name in args.task:
-            bench(name, args.processes, args.quick)
-        show_memory(args.processes, args.quick)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    args = parser.parse_args(argv)
+    if args.processes < 1:
+        raise ValueError(f"--processes must be at least 1, not {args.processes}")
+    if flat := [name for name in args.task if tasks.find_task(name).model is None]:
+        raise ValueError(f"{flat[0]} has no physics to compare with")
+    for name in args.task:
+        bench(name, args.processes, args.quick)
+    show_memory(args.processes, args.quick)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import esmeta
 import numpy as np
 import tasks
+from results.guard import one_line
 
 HERE = Path(__file__).parent
 TASKS = ("cheetah_vel", "cheetah_dir", "ant_vel", "ant_dir")
@@ -50,24 +51,18 @@ def read_log(folder):
     return log
 
 
-def read_config(folder):
-    """A run's config.json as a Config, None where there is none; ValueError for another file."""
+def read_config(folder, make=lambda given: esmeta.Config(**given)):
+    """What `make` makes of a run's config.json, None where there is none; ValueError for others."""
     path = Path(folder) / "config.json"
     try:
-        return esmeta.Config(**json.loads(path.read_text())) if path.is_file() else None
-    except (TypeError, ValueError):
+        return make(json.loads(path.read_text())) if path.is_file() else None
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is no configuration of esmeta") from None
 
 
 def read_task(folder):
     """The task of a run of any method, None without config.json; ValueError for another file."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        return tasks.find_task(json.loads(path.read_text())["task"]).name
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} names no task of esmeta") from None
+    return read_config(folder, lambda given: tasks.find_task(given["task"]).name)
 
 
 def read_eval(folder, task, name="eval.csv"):
@@ -333,26 +328,22 @@ def draw(plt, folders):
             save(figure, HERE / f"{name}.png")
 
 
+@one_line("figures")
 def main(argv=None):
-    """The program: -> exit status 0; 2 bad input; 1 no matplotlib or no place to write."""
+    """The program."""
     parser = esmeta.OneLineParser("results.figures", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", help="run directories; none: the paper's figures")
+    folders = parser.parse_args(argv).run
+    for folder in folders:  # before the slow import, and whether or not it is there
+        read_log(folder), read_task(folder)
     try:
-        folders = parser.parse_args(argv).run
-        for folder in folders:  # before the slow import, and whether or not it is there
-            read_log(folder), read_task(folder)
         import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        draw(plt, folders)
     except ImportError:
-        print("figures: error: no matplotlib: pip install matplotlib", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"figures: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+        raise RuntimeError("no matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    draw(plt, folders)
 
 
 if __name__ == "__main__":

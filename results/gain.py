@@ -16,6 +16,7 @@ from pathlib import Path
 import esmeta
 import numpy as np
 import tasks
+from results.guard import one_line
 
 HERE = Path(__file__).parent
 TABLE = HERE / "gains.csv"
@@ -74,25 +75,22 @@ def gains(stored, meta, updates, variants, crew):
                         *(f"{value:.1f}" for value in row)])
 
 
+@one_line("results.gain")
 def main(argv=None):
-    """The program: -> exit status 0; 2 no checkpoint or setting; 1 disk or processes failed."""
+    """The program."""
     parser = esmeta.OneLineParser("results.gain", description=__doc__)
     parser.add_argument("run", nargs="?", help="checkpoint or run directory; none: CASES")
     parser.add_argument("variant", nargs="*", help="settings")
     parser.add_argument("--updates", type=int, default=1)
-    try:
-        args = parser.parse_intermixed_args(argv)
-        if args.updates < 1:
-            raise ValueError(f"--updates must be at least 1, not {args.updates}")
-        cases = [(args.run, args.variant)] if args.run else [(HERE / r, v) for r, v in CASES]
-        cases = [(*esmeta.load_checkpoint(run), args.updates, v) for run, v in cases]
-        with esmeta.Crew() as crew:
-            rows = (row for case in cases for row in gains(*case, crew))
-            tabulate(HEADER, rows, TABLE if args == parser.parse_args([]) else None)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"results.gain: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_intermixed_args(argv)
+    if args.updates < 1:
+        raise ValueError(f"--updates must be at least 1, not {args.updates}")
+    cases = [(args.run, args.variant)] if args.run else [(HERE / r, v) for r, v in CASES]
+    cases = [(*esmeta.load_checkpoint(run), args.updates, v) for run, v in cases]
+    with esmeta.Crew() as crew:
+        rows = (row for case in cases for row in gains(*case, crew))
+        tabulate(HEADER, rows, None if argv else TABLE)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import esmeta  # before numpy and torch: it sets them to one thread
 import numpy as np
 import tasks
+from results.guard import one_line
 
 try:
     import torch
@@ -315,11 +316,11 @@ def report_eval(folder, crew):
         print(f"{config.task}, {kind}, before and after 1, 2, 3 updates:", *means.round(1))
 
 
+@one_line("results.maml")
 def main(argv=None):
-    """The program: -> exit status 0; 2 bad input or no torch; 1 disk or run failed, stopped."""
+    """The program; a training that was stopped goes on with --resume."""
     if torch is None:
-        print("results.maml needs torch: pip install torch", file=sys.stderr)
-        return 2
+        raise ValueError("no torch: pip install torch")
     parser = esmeta.OneLineParser("results.maml", description=__doc__.split("\n")[0])
     parser.add_argument("--task", help="one of " + ", ".join(tasks.TASKS))
     for name, usual in dict(seed=0, updates=1, iterations="MAML's", processes="cores").items():
@@ -328,22 +329,15 @@ def main(argv=None):
     where.add_argument("--out", help="run directory: trains, then meta-tests")
     where.add_argument("--eval", metavar="DIR", help="only meta-tests a run")
     parser.add_argument("--resume", action="store_const", const=True, help="continue --out")
-    try:
-        given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-        processes, folder = given.pop("processes", None), given.pop("eval", None)
-        if folder is not None and given:
-            raise ValueError(f"--eval takes no --{min(given)}")
-        with esmeta.Crew(processes) as crew:
-            if folder is None:
-                folder, resume = given.pop("out"), given.pop("resume", False)
-                train(make_config(**{"task": "cheetah_vel", **given}), crew, folder, resume)
-            report_eval(folder, crew)
-    except KeyboardInterrupt:
-        sys.exit("results.maml: stopped; with --resume a training goes on")
-    except (ValueError, OSError, RuntimeError) as error:
-        print("results.maml: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    processes, folder = given.pop("processes", None), given.pop("eval", None)
+    if folder is not None and given:
+        raise ValueError(f"--eval takes no --{min(given)}")
+    with esmeta.Crew(processes) as crew:
+        if folder is None:
+            folder, resume = given.pop("out"), given.pop("resume", False)
+            train(make_config(**{"task": "cheetah_vel", **given}), crew, folder, resume)
+        report_eval(folder, crew)
 
 
 if __name__ == "__main__":

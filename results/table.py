@@ -12,6 +12,7 @@ import numpy as np
 import tasks
 from results import figures
 from results.figures import PANELS, RIVALS, TASKS, published, read_eval, read_log, steps_once_a_task
+from results.guard import one_line
 
 find_runs = functools.cache(figures.find_runs)  # it says what is missing, once
 PAPER = {"cheetah_vel": '"better results than MAML", no number', "cheetah_dir": "400",
@@ -52,9 +53,9 @@ def mean_and_seeds(task, variant=""):
 
 def new_seeds(task):
     """After 1 and 3 updates, mean over seeds run when training's settings stood; their number."""
-    means = [returns.mean(axis=1) for *_, returns in meta_tests(task, variant="heldout")]
-    after = np.mean(means, axis=0)[[1, 3]] if means else []
-    return " / ".join(f"{mean:.1f}" for mean in after) + f" ({len(means)})" if means else "none"
+    means = [returns.mean(axis=1)[[1, 3]] for *_, returns in meta_tests(task, variant="heldout")]
+    return (" / ".join(f"{mean:.1f}" for mean in np.mean(means, axis=0)) + f" ({len(means)})"
+            if means else "none")
 
 
 def results_table():
@@ -118,9 +119,9 @@ def rivals_table():
             if tests := [*meta_tests(task, variant=variant)]:
                 steps, minutes = np.mean([(steps_once_a_task(folder)[-1], minutes_worked(
                     read_log(folder))[-1]) for folder, *_ in tests], axis=0)
-                means = np.mean([returns.mean(axis=1) for *_, returns in tests], axis=0)
+                means = np.mean([returns[1:4].mean(axis=1) for *_, returns in tests], axis=0)
                 yield row([f"`{task}`", label, len(tests), f"{steps:.0f}", f"{minutes:.0f}",
-                           *(f"{mean:.1f}" for mean in means[1:4])])
+                           *(f"{mean:.1f}" for mean in means)])
 
 
 def variants_table(task="cheetah_vel"):
@@ -132,20 +133,16 @@ def variants_table(task="cheetah_vel"):
             yield row([text, *cells])
 
 
+@one_line("results.table")
 def main(argv=None):
-    """Print all tables; exit status 2 and one line where a run's files are broken."""
-    try:
-        esmeta.OneLineParser("results.table", description=__doc__).parse_args(argv)
-        for title, table in (("README.md", results_table), ("results/README.md: returns",
-                             returns_table), ("results/README.md: new seeds", new_seeds_table),
-                             ("results/README.md: cost", cost_table),
-                             ("results/README.md: rivals", rivals_table),
-                             ("results/README.md: figure 2", variants_table)):
-            print("\n".join([f"# {title}", "", *table(), ""]))
-    except (ValueError, OSError) as error:
-        print(f"results.table: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Print all tables."""
+    esmeta.OneLineParser("results.table", description=__doc__).parse_args(argv)
+    for title, table in (("README.md", results_table), ("results/README.md: returns",
+                         returns_table), ("results/README.md: new seeds", new_seeds_table),
+                         ("results/README.md: cost", cost_table),
+                         ("results/README.md: rivals", rivals_table),
+                         ("results/README.md: figure 2", variants_table)):
+        print("\n".join([f"# {title}", "", *table(), ""]))
 
 
 if __name__ == "__main__":

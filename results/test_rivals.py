@@ -106,6 +106,11 @@ def test_ablations_take_the_papers_line_in_the_functions_that_they_name_and_no_o
 
     assert differ(["sample_tasks"]) == (True, False) != differ([]) == (False, False)
     assert differ(["make_normaliser"]) == (False, True)
+    result = esmeta.Result(meta.mu_actor, meta.mu_actor, meta.mu_critic, 0.0, None, None, 0)
+    step = ablate.as_the_paper([], esmeta.update_distribution, meta, [result], config)
+    literal = ablate.as_the_paper(["update_distribution"], esmeta.update_distribution, meta,
+                                  [result], config)
+    np.testing.assert_array_equal(literal.mu_actor, step.mu_actor)  # ascend is not named
     readme = (HERE / "README.md").read_text().split("## Differences")[1].split("## Property")[0]
     assert all(f"`{name}`: " in readme for name in ablate.DIFFER) and len(ablate.DIFFER) == 7
 

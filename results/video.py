@@ -3,6 +3,7 @@
 The policy of a run plays one episode as it is and one adapted to the goal, side by side.
 """
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -21,7 +22,7 @@ def choose_gl():
 
     Each candidate is tried in a process of its own: a broken one fails in too many ways.
     """
-    asked = os.environ.pop("MUJOCO_GL", None)
+    asked = os.environ.pop("MUJOCO_GL", "").replace("off", "")  # which esmeta's pools leave behind
     for gl in [asked] if asked else ["glfw"] * ("DISPLAY" in os.environ) + ["egl", "osmesa"]:
         trial = subprocess.run([sys.executable, "-W", "error", "-c", PROBE], capture_output=True,
                                env={**os.environ, "MUJOCO_GL": gl})
@@ -37,6 +38,7 @@ import esmeta
 import gymnasium
 import numpy as np
 import tasks
+from results.guard import one_line
 
 SIZE, FRAME = 320, 0.04  # pixels of a picture, seconds of the film that it lasts, about
 
@@ -117,6 +119,7 @@ def make_video(args):
     stride = max(1, round(FRAME * args.speed / step))
     unit = "" if task.direction else " m/s" if task.model else " m"
     goal_text = f"goal {np.array2string(goal, precision=2)}{unit}"
+    config = dataclasses.replace(config, rollouts=task.rollouts)  # as in a meta-test
     _, actors = esmeta.evaluate_goal(config, meta, goal, 0, args.updates, args.seed)
     films = [film(config, meta, a, goal, stride, args.seed) for a in actors[[0, -1]]]
     plural = "s" * (args.updates > 1)
@@ -128,8 +131,9 @@ def make_video(args):
     print(f"{out}: {len(frames)} frames, before: {before}, after: {after}")
 
 
+@one_line("video")
 def main(argv=None):
-    """The program: -> exit status 0; 2 bad input; 1 it cannot render or write here."""
+    """The program."""
     parser = esmeta.OneLineParser("results.video", description=__doc__.split("\n")[0])
     parser.add_argument("run", help="run directory or checkpoint")
     parser.add_argument("--goal", type=float, nargs="+", required=True, help="of the task's kind")
@@ -137,12 +141,7 @@ def main(argv=None):
     parser.add_argument("--updates", type=int, default=1, help="adaptations (default 1)")
     parser.add_argument("--speed", type=float, default=0.5, help="1: real time (default 0.5)")
     parser.add_argument("--seed", type=int, default=0, help="of episode and adaptation (default 0)")
-    try:
-        make_video(parser.parse_args(argv))
-    except (ValueError, OSError, RuntimeError) as error:
-        print("video: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    make_video(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
