@@ -273,7 +273,7 @@ def sample_tasks(config, iteration, worker):
 
 
 def sample_explorers(mu, sigma, config, rng):
-    """theta_1 .. theta_K ~ N(mu, sigma^2), (K, P), float32, and the seeds of their starts, (K,)."""
+    """theta_1 .. theta_K ~ N(mu, sigma^2), (K, P), and the seeds of their starts, (K,)."""
     k, p = config.rollouts, len(mu)
     n = k if config.paper else k // 2  # independent explorers, or pairs
     eps, starts = rng.standard_normal((n, p), np.float32), rng.integers(2**31, size=n)
@@ -302,7 +302,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
 
 
 def explorer_fitness(explored, after, task):
-    """F_j: return while exploring plus the tests' lead over their task's mean; common gains cancel.
+    """F_j: return while exploring plus the tests' lead over the mean test of their task.
 
     explored (G, K); after (T,), test t is of explorer t mod K on task[t] -> (K,).
     """
@@ -478,7 +478,7 @@ def policy_gradient(theta, phi, obs, dims):
 
 
 def adam_step(weights, gradient, moments, t, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """weights - lr m_hat / (sqrt(v_hat) + eps), the t-th step from t = 1: (P,), moments (2, P)."""
+    """weights - lr m_hat / (sqrt(v_hat) + eps), the t-th step from t = 1: (P,), moments (m, v)."""
     m = beta1 * moments[0] + (1 - beta1) * gradient
     v = beta2 * moments[1] + (1 - beta2) * gradient**2
     m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
@@ -617,7 +617,7 @@ def rollout(task, theta, starts, normalise, goals, bonus=0.0, noise=None):
 
 
 def make_normaliser(meta, config):
-    """The function s -> clip((s - mean) / std, -5, 5) of what was seen; s itself before that."""
+    """s -> clip((s - mean) / sqrt(var + 1e-8), -5, 5) of what was seen; s itself before that."""
     count, total, square = meta.obs_sums
     if config.paper or not count.any():  # raw observations
         return lambda obs: obs

@@ -129,8 +129,8 @@ def ant_terminated(state):
 def outcomes(name, obs, action, velocity, goal):
     """What steps already taken are worth for any goal, which no task's dynamics see.
 
-    obs (..., obs) and velocity (...) in m/s after the step, action (..., act), goal broadcast
-    against (...) -> reward (...), terminated (...): what `step` returns, but for `unstable`.
+    obs (..., obs) and velocity (...) in m/s after the step, action (..., act) in [-1, 1], goal
+    broadcast against (...) -> reward, terminated (...), as `step` returns, but for `unstable`.
     """
     task, action = find_task(name), np.asarray(action, np.float64)
     reward = (point_reward(obs, goal) if task.model is None

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 import tasks
 from esmeta import Dims
-from results import ablate, baldwin, figures, maml, table
+from results import ablate, baldwin, figures, guard, maml, table
 
 HERE = Path(esmeta.__file__).parent
 SEED = st.integers(0, 2**32 - 1)
@@ -92,6 +92,19 @@ def test_baldwin_refuses_bad_input_in_one_line(flags, capsys, tmp_path, monkeypa
     out, err = capsys.readouterr()
     assert err.startswith("baldwin: error: ") and err.count("\n") == 1 and not out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error, code", [
+    (None, 0), (ValueError("a\nb"), 2), (OverflowError("x"), 2), (OSError("x"), 1),
+    (RuntimeError("x"), 1), (MemoryError("x"), 1), (KeyboardInterrupt(), 130)])
+def test_an_error_of_a_program_is_one_line_and_its_exit_status(error, code, capsys):
+    @guard.one_line("program")
+    def main(argv):
+        if error is not None:
+            raise error
+
+    assert main([]) == code
+    assert capsys.readouterr().err.count("\n") == (error is not None)
 
 
 def test_ablations_take_the_papers_line_in_the_functions_that_they_name_and_no_other():
