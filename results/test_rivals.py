@@ -203,5 +203,5 @@ def test_extra_maml_says_in_one_line_that_it_lacks_torch():
     code = ("import sys; sys.modules['torch'] = None\n"
             "from results import maml; sys.exit(maml.main())")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True)
-    expected = 2, "", "results.maml needs torch: pip install torch\n"
+    expected = 2, "", "results.maml: error: no torch: pip install torch\n"
     assert (done.returncode, done.stdout, done.stderr) == expected
