@@ -15,7 +15,7 @@ here=$(cd "$(dirname "$script")" && pwd)
 python=$here/.venv/bin/python
 if command -v flock >/dev/null; then # two launches at once would delete each other's .venv
   exec 9<"$here"
-  flock 9
+  flock 9 || true # some network file systems have no locks
 fi
 # an upgrade of Python leaves an environment that does not start or has lost its packages
 if ! "$python" -I -c 'import pip' 2>/dev/null; then
