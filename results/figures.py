@@ -22,7 +22,9 @@ PANELS = (  # of figure 2: what varies, title, updates of MAML's lines, {variant
     ("workers", "workers; learned or fixed sigma", "1",
      {"M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
     ("cycles", "gradient updates of an adaptation", "13",
-     {"cycles3": "3 gradient updates, each a third as long"}))
+     {"cycles3": "3 gradient updates, each a third as long"}),
+    ("sigma", "sigma of a layer, from 0.06", "1",
+     {"shared06": "sigma 0.06, one a layer, learned", "fixed06": "sigma 0.06, fixed"}))
 STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "legend.fontsize": 9.5, "lines.linewidth": 1.8}
@@ -203,14 +205,16 @@ def figure1(plt):
 def setting_label(runs, part):
     """What tells a setting from the others, from its config."""
     config = read_config(runs[0]) or esmeta.Config()
-    plural = "s" * (config.cycles != 1)
-    text = (f"{config.cycles} gradient update{plural}" if part == "cycles" else
-            f"{config.workers} workers, sigma {'learned' if config.lr_sigma_actor else 'fixed'}")
+    plural, sigma = "s" * (config.cycles != 1), "learned" if config.lr_sigma_actor else "fixed"
+    sigma += ", one a layer" if (runs[0] / "sigma.csv").exists() else ""  # results.shared_sigma's
+    text = {"cycles": f"{config.cycles} gradient update{plural}",
+            "workers": f"{config.workers} workers, sigma {sigma}",
+            "sigma": f"sigma {config.sigma:g}, {sigma}"}[part]
     return f"{text} ({len(runs)} seed{'s' * (len(runs) != 1)})"
 
 
 def figure2(plt, task="cheetah_vel"):
-    """Left: workers, and learned or fixed sigma. Right: gradient updates. None without variants."""
+    """A panel for each of PANELS; None without variants."""
     base, panels = find_runs(task), []
     for part, title, updates, names in PANELS:
         variants = [runs for name in names if (runs := find_runs(task, name))]

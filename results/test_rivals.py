@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 import tasks
 from esmeta import Dims
-from results import ablate, baldwin, figures, guard, maml, table
+from results import ablate, baldwin, figures, guard, maml, shared_sigma, table
 
 HERE = Path(esmeta.__file__).parent
 SEED = st.integers(0, 2**32 - 1)
@@ -126,6 +126,38 @@ def test_ablations_take_the_papers_line_in_the_functions_that_they_name_and_no_o
     np.testing.assert_array_equal(literal.mu_actor, step.mu_actor)  # ascend is not named
     readme = (HERE / "README.md").read_text().split("## Differences")[1].split("## Property")[0]
     assert all(f"`{name}`: " in readme for name in ablate.DIFFER) and len(ablate.DIFFER) == 7
+
+
+@pytest.mark.parametrize("shapes_of", [esmeta.actor_shapes, esmeta.critic_shapes])
+def test_shared_sigma_takes_the_natural_gradient_in_one_log_sigma_a_layer(shapes_of):
+    config, rng = esmeta.make_config("point_goal"), np.random.default_rng(0)
+    sizes = [rows * columns for rows, columns in shapes_of(esmeta.task_dims("point_goal"))]
+    spread = lambda log_sigma: np.repeat(np.exp(log_sigma), sizes)
+    log_sigma, mu = np.log([0.1, 0.2, 0.3]), rng.normal(size=sum(sizes))
+    sigma, F = spread(log_sigma), rng.normal(size=(2, 4))
+    theta = mu + sigma * rng.normal(size=(2, 4, len(mu)))
+    objective = lambda x: np.mean(np.sum(F * esmeta.log_density(theta, mu, spread(x)), axis=1))
+    gradient = [objective(log_sigma + e) - objective(log_sigma - e) for e in 1e-5 * np.eye(3)]
+    expected = log_sigma + 30 * np.array(gradient) / 2e-5 / (2 * 4 * np.array(sizes))
+    _, new = shared_sigma.ascend(*esmeta.nes_gradient(theta, F, mu, sigma), sigma, 4, 0.0, 30,
+                                 config)
+    np.testing.assert_allclose(new, spread(expected), rtol=1e-7)
+
+
+def test_shared_sigma_has_a_row_an_iteration_also_after_a_resume(tmp_path):
+    def train(name, iterations, *flags):
+        flags = *TINY, "--lr-sigma-actor", "300", "--out", str(tmp_path / name), *flags
+        assert shared_sigma.main([*flags, "--iterations", iterations, "--processes", "1"]) == 0
+        return (tmp_path / name / "sigma.csv").read_text()
+
+    whole = train("whole", "2")
+    assert train("cut", "1") != whole == train("cut", "2", "--resume")
+    assert [row.split(",")[0] for row in whole.split()] == ["iteration", "0", "1", "2"]
+    meta = esmeta.load_checkpoint(tmp_path / "whole")[1]
+    layers = esmeta.unpack(meta.sigma_actor, esmeta.actor_shapes(esmeta.task_dims("point_goal")))
+    assert all(np.ptp(layer) <= 1e-6 < abs(layer.mean() - 0.03) for layer in layers)
+    rows = np.loadtxt(tmp_path / "whole" / "sigma.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(rows[-1, 1:], [layer[0, 0] for layer in layers], rtol=1e-5)
 
 
 def test_the_tables_of_the_readmes_are_those_of_the_files(capsys):
