@@ -2,7 +2,7 @@
 
 The command line is esmeta's. In `ascend` each log sigma of a layer takes the mean of the layer's
 natural gradients, which is the natural gradient of Eq. 10 in one log sigma that the layer shares.
-DIR also gets sigma.csv: sigma_a of W1, W2, W3 after each iteration.
+DIR also gets sigma.csv: sigma_a of W1, W2, W3 after each iteration. Resume by this program too.
 """
 
 import sys
