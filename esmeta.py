@@ -204,7 +204,7 @@ def train(config, iterations=ITERATIONS, processes=None, out=None, resume=False,
             save_checkpoint(out / "checkpoint.npz", config, meta)
             print(f"{meta.iteration}/{iterations}", f"failed {failed} " * bool(failed) + " ".join(
                 f"{name} {value:.4g}" for name, value in [*row.items()][1:]), flush=True)
-    print(f"{out} has {meta.iteration} iterations; meta-test: ./run.sh --eval {out} --updates 3")
+    print(f"{out} has {meta.iteration} iterations; meta-test it with --eval {out} --updates 3")
     return meta
 
 

@@ -59,7 +59,7 @@ def test_baldwin_has_the_steps_of_esmetas_meta_test(monkeypatch):
     config, seen = esmeta.make_config("cheetah_vel", rollouts=2), []
     monkeypatch.setattr(baldwin, "adapt", lambda theta, phi, data, sigma, config, dims, rng: (
         seen.append((data, config)) or (theta, phi)))
-    baldwin.evaluate_goal(config, esmeta.initial_state(config), 0.5, 0, 2)
+    baldwin.evaluate_goal(config, esmeta.initial_state(config), 0.5, 0, 2, 0)
     steps = [config.actor_step for _, config in seen]
     assert steps == [esmeta.config_of_update(update, data, config).actor_step
                      for update, (data, _) in enumerate(seen)]
@@ -85,12 +85,13 @@ def test_baldwin_has_the_same_bits_for_any_processes_and_after_a_resume(tmp_path
 
 @pytest.mark.parametrize("flags", [
     ["--task", "point_gaol"], ["--workers", "x"], ["--rollouts", "3"], ["--iterations", "-1"],
-    ["--cycles", "2"], ["--eval", "nowhere"], ["--eval", "x", "--seed", "1"], ["--updates", "1"]])
+    ["--cycles", "2"], ["--paper"], ["--pool", "ray"], ["--eval", "nowhere"],
+    ["--eval", "x", "--seed", "1"], ["--updates", "1"]])
 def test_baldwin_refuses_bad_input_in_one_line(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert baldwin.main(flags) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("baldwin: error: ") and err.count("\n") == 1 and not out
+    assert err.startswith("esmeta: error: ") and err.count("\n") == 1 and not out
     assert not list(tmp_path.iterdir())
 
 
