@@ -23,8 +23,9 @@ PANELS = (  # of figure 2: what varies, title, updates of MAML's lines, {variant
      {"M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
     ("cycles", "gradient updates of an adaptation", "13",
      {"cycles3": "3 gradient updates, each a third as long"}),
-    ("sigma", "sigma of a layer, from 0.06", "1",
-     {"shared06": "sigma 0.06, one a layer, learned", "fixed06": "sigma 0.06, fixed"}))
+    ("sigma", "one sigma a layer", "1",
+     {"shared06": "sigma 0.06, one a layer, learned", "fixed06": "sigma 0.06, fixed",
+      "shared03": "sigma 0.03, one a layer, learned"}))
 STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "legend.fontsize": 9.5, "lines.linewidth": 1.8}
@@ -225,7 +226,7 @@ def figure2(plt, task="cheetah_vel"):
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.8), sharey=True,
                                 layout="constrained", squeeze=False)
     for ax, (part, title, updates, variants) in zip(axes.flat, panels):
-        for runs, colour in zip([base, *variants], (BLUE, ORANGE, GREEN)):
+        for runs, colour in zip([base, *variants], (BLUE, ORANGE, GREEN, PURPLE)):
             if runs:
                 curve(ax, runs, "return_after", setting_label(runs, part), colour)
         # the default's run may be longer: as far as there is something to compare
