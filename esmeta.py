@@ -2,7 +2,7 @@
 
 One file of NumPy for one paper, "Meta Reinforcement Learning with Distribution of Exploration
 Parameters Learned by Evolution Strategies" (Shen, Yang, Yuan, Liu). The tasks are in tasks.py.
-Where our form differs from the paper's, the code branches on config.paper; README lists these.
+Where our form differs from the paper's, the code branches on Config.paper; README lists these.
 
 Symbols                                                    shape     made by
   mu, sigma   mean and std of P_actor (P_critic: (P_c,))   (P,)      initial_state
@@ -77,10 +77,10 @@ class Config:
     goals: int = outer(4, "ours", "G, tasks of a worker (directions: 2 without --paper)", 1, 1000)
     tests: int = outer(1, "ours", "tests of an explorer; --paper: of a task", 1, 1000)
     alive_bonus: float = outer(0.0, "ours", "reward of each step; in no reported return", 0, 100)
-    lr_mu_actor: float = outer(30.0, "ours", "SGD rate of mu_a", 0, 1e6)
-    lr_sigma_actor: float = outer(1.0, "ours", "SGD rate of sigma_a; 0: fixed sigma", 0, 1e6)
-    lr_mu_critic: float = outer(1.0, "ours", "SGD rate of mu_c", 0, 1e6)
-    lr_sigma_critic: float = outer(1.0, "ours", "SGD rate of sigma_c; 0: fixed sigma", 0, 1e6)
+    lr_mu_actor: float = outer(30.0, "ours", "natural-gradient rate of mu_a; --paper: SGD", 0, 1e6)
+    lr_sigma_actor: float = outer(1.0, "ours", "rate of log sigma_a; --paper: of sigma_a", 0, 1e6)
+    lr_mu_critic: float = outer(1.0, "ours", "natural-gradient rate of mu_c; --paper: SGD", 0, 1e6)
+    lr_sigma_critic: float = outer(1.0, "ours", "rate of log sigma_c; --paper: of sigma_c", 0, 1e6)
     half_life: float = outer(50.0, "ours", "iterations that halve a step of mu; 0: never", 0, 1e9)
     momentum: float = outer(0.7, "ours", "share of its last step in a step of mu_a", 0, 0.999)
     weight_decay: float = outer(0.0, "ours", "share of mu_a that the first iteration removes", 0, 1)
@@ -293,7 +293,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
         [tests] = rollout(config.task, theta_bar + move[task], starts, normalise, [goals[task]],
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
-    # test r of j: the step of task (j // 2 + r) mod G; pairs share a start, early tasks have more
+    # test r of j: the step of task (j // 2 + r) mod G, one start a pair; the last task has fewest
     r, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + r) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
@@ -302,11 +302,11 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
 
 
 def explorer_fitness(explored, after, task):
-    """F_j: return while exploring plus the tests' lead over the mean test of their task.
+    """What ranks j: return while exploring plus its tests' lead over the mean test of their task.
 
     explored (G, K); after (T,), test t is of explorer t mod K on task[t] -> (K,).
     """
-    task_mean = np.bincount(task, after) / np.bincount(task)  # (G,), less where the last has none
+    task_mean = np.bincount(task, after) / np.bincount(task)  # (G,), or fewer: tasks with a test
     ahead = (after - task_mean[task]).reshape(-1, explored.shape[1])  # (tests, K)
     return explored.mean(axis=0) + ahead.mean(axis=0)
 
@@ -587,7 +587,7 @@ def critic_backward(d_q, cache):
 
 
 def rollout(task, theta, starts, normalise, goals, bonus=0.0, noise=None):
-    """An episode from each of N seeds `starts`, the a-th N / A by actor a of theta (A, P).
+    """N episodes, one from each seed in `starts`: actor a of theta (A, P) plays the a-th N / A.
 
     No dynamics depend on the goal: -> a list, the Trajectories under each of `goals`, (..) or
     (N, ..), where each step taken earns `bonus` more. `noise` (H, N, act) is added to the actions.
@@ -782,13 +782,13 @@ def evaluate_goal(config, meta, goal, index, updates, seed):
 def config_of_update(update, data, config):
     """Config of a meta-test's update: its step is the training's times `shrink`^update.
 
-    Where the task has a best reward, it is also times 4 d / (range of goals), in [0, MAX_STRETCH]:
-    the rewards' later half is d below it. That is 1 at the goals' mean distance from their middle.
+    Where the task has a best reward, also times d / (R / 4), in [0, MAX_STRETCH]: d is that less
+    the mean reward of the later half, R / 4 the goals' mean distance from the middle of range R.
     """
     if config.paper:  # steps as in training
         return config
     task, step = tasks.TASKS[config.task], config.actor_step
-    if task.best_reward is not None:
+    if task.best_reward is not None and task.goal_low < task.goal_high:
         rewards = data.reward[data.valid]  # in the order of time
         distance = task.best_reward + config.alive_bonus - rewards[len(rewards) // 2 :].mean()
         stretch = 4 * float(distance) / (task.goal_high - task.goal_low)

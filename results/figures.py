@@ -20,12 +20,14 @@ BLUE, ORANGE, GREEN, GREY, PURPLE = "#0969b2", "#d95f02", "#1b8a5a", "#777777", 
 RIVALS = (("baldwin", "ES + A2C", ORANGE), ("maml", "MAML here", PURPLE))
 PANELS = (  # of figure 2: what varies, title, updates of MAML's lines, {variant: in a table}
     ("workers", "workers; learned or fixed sigma", "1",
-     {"M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
+     {"": "as it is", "M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
     ("cycles", "gradient updates of an adaptation", "13",
-     {"cycles3": "3 gradient updates, each a third as long"}),
+     {"": "as it is", "cycles3": "3 gradient updates, each a third as long"}),
+    ("maml", "MAML here, gradient updates of an adaptation", "13",
+     {"maml": "MAML here", "maml3": "MAML here, trained with 3 updates"}),
     ("sigma", "one sigma a layer", "1",
-     {"shared06": "sigma 0.06, one a layer, learned", "fixed06": "sigma 0.06, fixed",
-      "shared03": "sigma 0.03, one a layer, learned"}))
+     {"": "as it is", "shared06": "sigma 0.06, one a layer, learned",
+      "fixed06": "sigma 0.06, fixed", "shared03": "sigma 0.03, one a layer, learned"}))
 STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "legend.fontsize": 9.5, "lines.linewidth": 1.8}
@@ -205,36 +207,34 @@ def figure1(plt):
 
 def setting_label(runs, part):
     """What tells a setting from the others, from its config."""
-    config = read_config(runs[0]) or esmeta.Config()
-    plural, sigma = "s" * (config.cycles != 1), "learned" if config.lr_sigma_actor else "fixed"
-    sigma += ", one a layer" if (runs[0] / "sigma.csv").exists() else ""  # results.shared_sigma's
-    text = {"cycles": f"{config.cycles} gradient update{plural}",
-            "workers": f"{config.workers} workers, sigma {sigma}",
-            "sigma": f"sigma {config.sigma:g}, {sigma}"}[part]
-    return f"{text} ({len(runs)} seed{'s' * (len(runs) != 1)})"
+    def text(config):
+        if part in ("cycles", "maml"):
+            n = config["cycles" if part == "cycles" else "updates"]
+            return f"{n} gradient update{'s' * (n != 1)}"
+        sigma = "learned" if config["lr_sigma_actor"] else "fixed"
+        sigma += ", one a layer" * (runs[0] / "sigma.csv").exists()  # results.shared_sigma's
+        return (f"{config['workers']} workers, sigma {sigma}" if part == "workers" else
+                f"sigma {config['sigma']:g}, {sigma}")
+
+    return f"{read_config(runs[0], text)} ({len(runs)} seed{'s' * (len(runs) != 1)})"
 
 
 def figure2(plt, task="cheetah_vel"):
-    """A panel for each of PANELS; None without variants."""
-    base, panels = find_runs(task), []
-    for part, title, updates, names in PANELS:
-        variants = [runs for name in names if (runs := find_runs(task, name))]
-        if variants:
-            panels.append((part, title, updates, variants))
+    """A panel for each of PANELS; None without runs to compare."""
+    panels = [(part, title, updates, [runs for name in names if (runs := find_runs(task, name))])
+              for part, title, updates, names in PANELS]
+    panels = [panel for panel in panels if len(panel[-1]) > 1]
     if not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.8), sharey=True,
-                                layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8.4), sharey=True, layout="constrained")
     for ax, (part, title, updates, variants) in zip(axes.flat, panels):
-        for runs, colour in zip([base, *variants], (BLUE, ORANGE, GREEN, PURPLE)):
-            if runs:
-                curve(ax, runs, "return_after", setting_label(runs, part), colour)
-        # the default's run may be longer: as far as there is something to compare
-        ax.set_xlim(0, max(len(read_log(run)["iteration"]) for runs in variants for run in runs))
+        for runs, colour in zip(variants, (BLUE, ORANGE, GREEN, PURPLE)):
+            curve(ax, runs, "return_after", setting_label(runs, part), colour)
         yardsticks(ax, task, updates, constant=False)
         finish(ax, f"{task}: {title}", ylabel="return after adaptation (200 steps)")
         ax.legend(loc="lower right")
-        ax.label_outer()
+    for ax in axes.flat[len(panels):]:
+        ax.set_visible(False)
     return figure
 
 

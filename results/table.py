@@ -128,7 +128,7 @@ def variants_table(task="cheetah_vel"):
     """A row for each curve of figure 2."""
     yield from head(f"`{task}`", "before", "1 update", "3 updates")
     variants = {name: text for *_, names in PANELS for name, text in names.items()}
-    for variant, text in {"": "as it is", **variants}.items():
+    for variant, text in variants.items():
         if cells := mean_and_seeds(task, variant):
             yield row([text, *cells])
 
