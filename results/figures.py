@@ -23,7 +23,7 @@ PANELS = (  # of figure 2: what varies, title, updates of MAML's lines, {variant
      {"": "as it is", "M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
     ("cycles", "gradient updates of an adaptation", "13",
      {"": "as it is", "cycles3": "3 gradient updates, each a third as long"}),
-    ("maml", "MAML here, gradient updates of an adaptation", "13",
+    ("maml", "MAML here, gradient updates", "13",
      {"maml": "MAML here", "maml3": "MAML here, trained with 3 updates"}),
     ("sigma", "one sigma a layer", "1",
      {"": "as it is", "shared06": "sigma 0.06, one a layer, learned",
