@@ -1,5 +1,6 @@
 """Tests of the rivals; PyTorch's are skipped where it is not installed."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,14 +98,17 @@ def test_baldwin_refuses_bad_input_in_one_line(flags, capsys, tmp_path, monkeypa
 
 @pytest.mark.parametrize("error, code", [
     (None, 0), (ValueError("a\nb"), 2), (OverflowError("x"), 2), (OSError("x"), 1),
-    (RuntimeError("x"), 1), (MemoryError("x"), 1), (KeyboardInterrupt(), 130)])
+    (RuntimeError("x"), 1), (MemoryError("x"), 1), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_an_error_of_a_program_is_one_line_and_its_exit_status(error, code, capsys):
     @guard.one_line("program")
     def main(argv):
-        if error is not None:
+        if isinstance(error, signal.Signals):
+            signal.raise_signal(error)
+        elif error is not None:
             raise error
 
-    assert main([]) == code
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([]) == code and signal.getsignal(signal.SIGTERM) is before
     assert capsys.readouterr().err.count("\n") == (error is not None)
 
 
