@@ -23,7 +23,7 @@ PANELS = (  # of figure 2: what varies, title, updates of MAML's lines, {variant
      {"": "as it is", "M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
     ("cycles", "gradient updates of an adaptation", "13",
      {"": "as it is", "cycles3": "3 gradient updates, each a third as long"}),
-    ("maml", "MAML here, gradient updates", "13",
+    ("updates", "MAML here, gradient updates", "13",
      {"maml": "MAML here", "maml3": "MAML here, trained with 3 updates"}),
     ("sigma", "one sigma a layer", "1",
      {"": "as it is", "shared06": "sigma 0.06, one a layer, learned",
@@ -208,9 +208,8 @@ def figure1(plt):
 def setting_label(runs, part):
     """What tells a setting from the others, from its config."""
     def text(config):
-        if part in ("cycles", "maml"):
-            n = config["cycles" if part == "cycles" else "updates"]
-            return f"{n} gradient update{'s' * (n != 1)}"
+        if part in ("cycles", "updates"):
+            return f"{config[part]} gradient update{'s' * (config[part] != 1)}"
         sigma = "learned" if config["lr_sigma_actor"] else "fixed"
         sigma += ", one a layer" * (runs[0] / "sigma.csv").exists()  # results.shared_sigma's
         return (f"{config['workers']} workers, sigma {sigma}" if part == "workers" else
