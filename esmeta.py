@@ -241,20 +241,20 @@ def evaluate_worker(config, meta, worker):
     theta_bar = theta.mean(axis=0)  # (P,)
     eps = rng.standard_normal(len(meta.mu_critic), np.float32)
     phi = meta.mu_critic + meta.sigma_critic * eps  # (P_c,) ~ N(mu_c, sigma_c^2)
-    # no dynamics depend on the goal: one exploration for all tasks; theta_bar's is only logged
+    # no dynamics depend on the goal: one exploration for all tasks; theta_bar's is for the log
     scored = rollout(config.task, np.vstack([theta, theta_bar]), [*starts, rng.integers(2**31)],
                      normalise, goals, bonus)
     value = state_values(theta_bar, phi, scored[0].obs[:, :k], dims)  # (H + 1, K)
     adapted = [adapt(theta_bar, phi, data.part(slice(k)), sigma, config, dims, rng, value)
                for data in scored]
     move = np.stack([actor for actor, _ in adapted]) - theta_bar  # (G, P)
-    explored = np.array([data.returns() for data in scored])[:, :k]  # (G, K)
+    explored = np.array([data.returns() for data in scored])[:, :k]  # (G, K), with the bonus
     tests, task, fitness = evaluate_adapted(
         theta, theta_bar, move, explored, goals, normalise, config, rng)
     errors = [critic_error(*adapted[g], tests.part(task == g), config, dims)
               for g in np.unique(task)]
     d_mu, d_sigma = nes_gradient(theta, fitness.astype(theta.dtype), mu, sigma)
-    reported = np.array([data.returns(bonus) for data in scored])  # (G, K + 1)
+    reported = np.array([data.returns(bonus) for data in scored])  # (G, K + 1), without it
     returns = np.array([reported[:, k].mean(), reported[:, :k].mean(), tests.returns(bonus).mean()])
     lived = np.any([data.valid for data in scored], axis=0)  # (H, K + 1)
     seen = scored[0].raw[:-1, :k][lived[:, :k]]  # (steps, obs)
@@ -285,7 +285,7 @@ def sample_explorers(mu, sigma, config, rng):
 def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config, rng):
     """Test theta + move (--paper: theta_bar + move), move (G, P), on fresh starts, score theta.
 
-    explored (G, K), the explorers' returns -> Trajectories of T tests, tasks (T,), F (K,) or ().
+    explored (G, K), the explorers' returns -> T tests, which goal each has (T,), F (K,) or ().
     """
     if config.paper:  # F_i: the return of the adapted theta_bar, raw, shared by the K
         task = np.repeat(np.arange(len(goals)), config.tests)
@@ -302,7 +302,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
 
 
 def explorer_fitness(explored, after, task):
-    """What ranks j: return while exploring plus its tests' lead over the mean test of their task.
+    """What ranks j: mean return exploring + mean lead of its tests over the mean of their task.
 
     explored (G, K); after (T,), test t is of explorer t mod K on task[t] -> (K,).
     """
@@ -456,15 +456,15 @@ def critic_error(theta, phi, data, config, dims):
     return float(np.mean((q - y) ** 2))
 
 
-def fit_critic(phi, obs, action, target, rows, lr, dims, moments, taken=0):
+def fit_critic(phi, obs, action, y, rows, lr, dims, moments, taken=0):
     """Descend the mean of (Q_phi(s, a) - y)^2, one Adam step for each minibatch; y stays fixed.
 
-    phi (P_c,), obs (B, obs), action (B, act), target (B,), rows (updates, batch), Adam's moments
+    phi (P_c,), obs (B, obs), action (B, act), y (B,), rows (updates, batch), Adam's moments
     (2, P_c) after `taken` steps -> phi' (P_c,), moments.
     """
     for t, batch in enumerate(rows, start=taken + 1):
         q, cache = critic_forward(phi, obs[batch], action[batch], dims)
-        d_phi, _ = critic_backward((q - target[batch]) * (2 / len(batch)), cache)
+        d_phi, _ = critic_backward((q - y[batch]) * (2 / len(batch)), cache)
         phi, moments = adam_step(phi, d_phi, moments, t, lr)
     return phi, moments
 
@@ -587,7 +587,7 @@ def critic_backward(d_q, cache):
 
 
 def rollout(task, theta, starts, normalise, goals, bonus=0.0, noise=None):
-    """N episodes, one from each seed in `starts`: actor a of theta (A, P) plays the a-th N / A.
+    """N episodes, one from each seed in `starts`: theta (A, P); actor a has the a-th N / A seeds.
 
     No dynamics depend on the goal: -> a list, the Trajectories under each of `goals`, (..) or
     (N, ..), where each step taken earns `bonus` more. `noise` (H, N, act) is added to the actions.
@@ -782,8 +782,8 @@ def evaluate_goal(config, meta, goal, index, updates, seed):
 def config_of_update(update, data, config):
     """Config of a meta-test's update: its step is the training's times `shrink`^update.
 
-    Where the task has a best reward, also times d / (R / 4), in [0, MAX_STRETCH]: d is that less
-    the mean reward of the later half, R / 4 the goals' mean distance from the middle of range R.
+    Where the task has a best reward, also times d / (R / 4), in [0, MAX_STRETCH]: d is what the
+    later steps' mean reward lacks of it, R / 4 the goals' mean distance from mid-range (m/s).
     """
     if config.paper:  # steps as in training
         return config

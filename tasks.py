@@ -33,7 +33,7 @@ class Task(NamedTuple):
     horizon: int = 200  # H, steps
     rollouts: int = 20  # K of MAML, of a meta-test and of --paper
     shrink: float = 0.25  # of a meta-test: an update's step over that of the one before (ours)
-    best_reward: float | None = None  # of a step, at the goal; None: no meta-test asks
+    best_reward: float | None = None  # of a step, at the goal: lengthens meta-test steps
 
     def reward(self, velocity, action, contact, goal):
         """A robot's r (...): v, g (...) in m/s or g = +-1, a (..., act), f (..., 84) of the ant.
@@ -52,7 +52,7 @@ class Task(NamedTuple):
         return progress + (0.0 if self.direction else 1.0) - cost + 0.05
 
     def is_terminal(self, obs, goal):
-        """Which states end an episode: obs (..., obs), goal broadcast against (...) -> (...)."""
+        """Which states end an episode: obs (..., obs), goal (..., *goal_shape) -> (...)."""
         if self.model is None:
             return ~(point_reward(obs, goal) < -(0.01**2))  # arrived, or NaN
         if self.model == "ant.xml":
@@ -130,7 +130,7 @@ def outcomes(name, obs, action, velocity, goal):
     """What steps already taken are worth for any goal, which no task's dynamics see.
 
     obs (..., obs) and velocity (...) in m/s after the step, action (..., act) in [-1, 1], goal
-    broadcast against (...) -> reward, terminated (...), as `step` returns, but for `unstable`.
+    (..., *goal_shape) -> reward, terminated (...), as `step` returns, but for `unstable`.
     """
     task, action = find_task(name), np.asarray(action, np.float64)
     reward = (point_reward(obs, goal) if task.model is None

@@ -353,15 +353,13 @@ def test_log_density_and_eq10(seed, m, k, p):
 
 
 @quick
-@given(SEED, st.integers(1, 4), st.integers(1, 4), st.floats(0.01, 100))
-def test_eq10_is_linear_in_f_scale_equivariant_and_a_mean_of_workers(seed, m, k, c):
+@given(SEED, st.integers(1, 4), st.integers(1, 4))
+def test_eq10_is_a_mean_of_workers_and_takes_a_fitness_for_each(seed, m, k):
     def eq10(*args):
         return np.array(esmeta.nes_gradient(*args))
 
     theta, F, mu, sigma = make_population(seed, m, k, 3)
     g = eq10(theta, F, mu, sigma)
-    close(eq10(theta, 2 * F - c * F**2, mu, sigma), 2 * g - c * eq10(theta, F**2, mu, sigma), 1e-9)
-    close(c * eq10(c * theta, F, c * mu, c * sigma), g, 1e-9)
     one = eq10(theta, F[:, 0], mu, sigma)  # a fitness for each worker
     close(one, eq10(theta, np.repeat(F[:, :1], k, axis=1), mu, sigma), 1e-10)
     for fitness, whole in (F, g), (F[:, 0], one):  # 1/M sum_i of the workers' own terms
@@ -443,8 +441,9 @@ def test_tasks_of_the_workers():
     own = np.array([goals(False, *key) for key in ((0, 5, 1), (0, 5, 2), (0, 6, 1), (1, 5, 1))])
     np.testing.assert_array_equal(np.floor(own), [[0, 1]] * 4)  # of 0 to 2
     assert len(np.unique(own)) == 8
-    np.testing.assert_array_equal(goals(True, 0, 5, 1), goals(True, 0, 5, 2))
-    assert not np.isin(goals(True, 0, 5, 1), [goals(True, 0, 6, 1), goals(True, 1, 5, 1)]).any()
+    for *key, worker in (0, 5, 1), (0, 5, 2), (0, 6, 1), (1, 5, 1):
+        shared = tasks.sample_goals("cheetah_vel", esmeta.generator(esmeta.GOALS, *key, 0), 2)
+        np.testing.assert_array_equal(goals(True, *key, worker), shared)
 
 
 def test_normaliser():
@@ -492,7 +491,7 @@ def test_worker_by_hand(name, paper, bonus):
 
     The bonus counts in what adapts and in fitness, and in no return that is told.
     """
-    k, dims = 2 if paper else 4, esmeta.task_dims(name)
+    k, dims = 2 if paper else 8, esmeta.task_dims(name)
     config = make_config(task=name, paper=paper, goals=3, rollouts=k, alive_bonus=bonus, seed=7)
     meta = make_meta(config)
     rng, normalise = esmeta.generator(esmeta.WORKER, 7, 3, 1), esmeta.make_normaliser(meta, config)
@@ -516,8 +515,8 @@ def test_worker_by_hand(name, paper, bonus):
         plan = [(bar, g) for g in (0, 0, 1, 1, 2, 2)]
         starts = rng.integers(2**31, size=6)
     else:
-        plan = [(theta[j], (j // 2 + r) % 3) for r in (0, 1) for j in range(4)]
-        starts = rng.integers(2**31, size=4)[[0, 0, 1, 1, 2, 2, 3, 3]]
+        plan = [(theta[j], (j // 2 + r) % 3) for r in (0, 1) for j in range(8)]
+        starts = rng.integers(2**31, size=8).repeat(2)
     tests = [episodes((actor + (adapted[g][0] - bar))[None], [start])[g]
              for (actor, g), start in zip(plan, starts)]
     task = np.array([g for _, g in plan])
@@ -543,10 +542,10 @@ def test_worker_by_hand(name, paper, bonus):
 
 @pytest.mark.parametrize("paper", [False, True])
 def test_update_distribution_by_hand(paper):
-    """Four rates, mu's halved twice; the critic's fitness is ranked; 1/M of those who are there."""
+    """Rates, mu's halved twice (--paper: never); ranks of critics; 1/M of those who are there."""
     rng, config = np.random.default_rng(0), make_config(
         paper=paper, workers=9, lr_mu_actor=1.6, lr_sigma_actor=0.2, lr_mu_critic=2.0,
-        lr_sigma_critic=0.4, half_life=3.5, momentum=0.75, weight_decay=0.1)
+        lr_sigma_critic=0.4, half_life=0.0 if paper else 3.5, momentum=0.75, weight_decay=0.1)
     (mu, mu_c, velocity), (s, s_c) = rng.normal(size=(3, 5)), rng.uniform(0.1, 0.4, (2, 5))
     d_mu, d_sigma, phi = rng.normal(size=(3, 3, 5))
     F, ranks, z = np.array([3.0, -1.0, 0.5]), np.array([0.5, -0.5, 0.0]), (phi - mu_c) / s_c
@@ -555,14 +554,14 @@ def test_update_distribution_by_hand(paper):
         esmeta.Result(*each, *[None] * 3) for each in zip(d_mu, d_sigma, phi, F)], config)
     d_mu, d_sigma = d_mu.mean(axis=0), d_sigma.mean(axis=0)
     if paper:
-        step, step_c = 0.4 * d_mu, 0.5 * F @ z / s_c / 3
+        step, step_c = 1.6 * d_mu, 2.0 * F @ z / s_c / 3
         sigma, sigma_c = s + 0.2 * d_sigma, s_c + 0.4 * F @ (z**2 - 1) / s_c / 3
     else:
         step, step_c = 0.4 * s**2 * d_mu / 4, 0.5 * ranks @ z * s_c / 3
         sigma, sigma_c = s * np.exp(0.2 * s * d_sigma / 8), s_c * np.exp(
             0.4 * ranks @ (z**2 - 1) / 2 / 3)
     close(new.velocity, 0.75 * velocity + 0.25 * step)
-    close(new.mu_actor, 0.975 * mu + new.velocity)
+    close(new.mu_actor, (0.9 if paper else 0.975) * mu + new.velocity)
     close(new.mu_critic, mu_c + step_c)
     close((new.sigma_actor, new.sigma_critic), np.clip((sigma, sigma_c), 1e-5, 1))
     assert new[5:] == meta[5:]
@@ -590,7 +589,7 @@ class InProcess:
     ("point_goal", {}), ("cheetah_vel", {}), ("point_goal", dict(fitness_critic=math.inf)),
     ("point_goal", dict(returns=np.array([1.0, -math.inf, 2.0])))])
 def test_iterate_leaves_out_a_diverged_worker(task, broken):
-    config, crew = make_config(task=task), InProcess({1}, broken)
+    config, crew = make_config(task=task, goals=4), InProcess({1}, broken)  # the last has no test
     meta = make_meta(config)
     new, row, failed = esmeta.iterate(config, meta, crew)
     assert failed == 1
@@ -824,11 +823,11 @@ def test_tasks_spread_goals_cover_the_distribution(name, seed, n):
     close(tasks.spread_goals(name, np.random.default_rng(seed), n), expected, 1e-12)
 
 
-@given(st.floats(), st.integers(3, 28), st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
+@given(st.floats(0.15, 0.25) | st.floats(0.95, 1.05), st.integers(2, 28), st.floats())
 def test_tasks_ant_termination_is_height_or_not_finite(height, index, value):
     state = np.zeros((2, 29))
-    state[1, [2, index]] = height, value
-    stands = 0.2 <= height <= 1.0 and math.isfinite(value)
+    state[1, 2], state[1, index] = height, value  # index 2 is the height
+    stands = 0.2 <= state[1, 2] <= 1.0 and math.isfinite(value)
     assert tasks.ant_terminated(state).tolist() == [True, not stands]
 
 
@@ -983,14 +982,15 @@ def test_tasks_are_registered_and_pass_check_env(name):
     assert envs.metadata["autoreset_mode"] == AutoresetMode.DISABLED
     assert obs in envs.observation_space and obs.shape == (4, task.obs)
     assert (tasks.make_vec(name, 4).reset(seed=0)[0] == obs).all()
+    assert tasks.make_vec(name, 4, max_episode_steps=7).horizon == 7
 
 
 def test_tasks_render_where_the_machine_can():
-    env = gymnasium.make("esmeta/PointGoal-v0", goal=[0.25, 0.25], render_mode="rgb_array")
+    env = gymnasium.make("esmeta/PointGoal-v0", goal=[0.25, 0.5], render_mode="rgb_array")
     env.reset(seed=0)
     frame = env.render()
     assert frame.shape == (480, 480, 3) and frame.dtype == np.uint8
-    assert (frame[240, 240] == 0).all() and frame[180, 300].tolist() == [0, 160, 0]
+    assert (frame[240, 240] == 0).all() and frame[120, 300].tolist() == [0, 160, 0]
     script = ("from results import video; import gymnasium, tasks; video.CAN_RENDER or exit('no'); "
               "env = gymnasium.make('esmeta/AntVel-v0', render_mode='rgb_array'); "
               "env.reset(seed=0); frame = env.render(); env.close(); "
@@ -1308,7 +1308,7 @@ def iteration_of(out):
 
 
 def test_fault_killed_pool_workers_change_no_bit(tmp_path, monkeypatch, capsys):
-    # (rows in the log, jobs done at least, which): of the idle, one holds the job queue's lock
+    # (rows in the log, when, which): of the idle, one holds the job queue's lock
     kills, out = [(0, "works", 0), (2, "saves", 0), (3, "saves", 1), (4, "works", 0),
                   (4, "works", 1)], tmp_path / "run"
 
@@ -1501,7 +1501,7 @@ BEYOND = [f"--{name.replace('_', '-')} {value}" for name, field in FIELDS.items(
     "--iterations -1", "--processes 0", "--processes 1000000", "--updates -1", "--updates 3",
     "--pool cloud", "--pool", "--horizon 0", "--iter 3", "--out", "--out file",
     "walker", "--resume --out missing", "--resume --out file", "--resume --out folder", "--eval",
-    "--eval missing", "--eval none",
+    "--eval missing", "--eval none", "--sigma 0", "--gamma 1", "--rollouts 0", "--momentum 1",
     "--eval file", "--eval folder", "--eval folder/checkpoint.npz", "--eval run --updates -1",
     "--eval run --processes 0", "--eval run --seed 3", "--eval run --actor-step 2",
     "--eval run --out new", "--eval run --paper", "--eval run --resume", "--eval run --pool ray",

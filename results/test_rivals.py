@@ -56,11 +56,29 @@ def test_baldwin_earns_what_the_environment_pays_for_the_actions_that_it_drew():
         np.testing.assert_allclose(reward, env.step(action)[1], rtol=1e-6)
 
 
+def test_baldwin_adapts_towards_what_pays():
+    """The reward is the action's first entry, and no future counts."""
+    config, rng = esmeta.make_config("cheetah_vel", gamma=0.0), np.random.default_rng(0)
+    dims, meta = esmeta.task_dims(config.task), esmeta.initial_state(config)
+    obs = rng.normal(size=(51, 4, dims.obs)).astype(np.float32)
+    still = lambda theta: esmeta.actor_forward(theta, obs[:-1].reshape(200, -1), dims)[0]
+    action = (still(meta.mu_actor) + 0.3 * rng.normal(size=(200, dims.act))).reshape(50, 4, -1)
+    no = np.zeros((50, 4), bool)
+    data = esmeta.Trajectories(obs, obs, action, action[..., 0], no, ~no)
+    theta, _ = baldwin.adapt(*meta[:3:2], data, meta.sigma_actor, config, dims, rng)
+    assert still(theta)[:, 0].mean() > still(meta.mu_actor)[:, 0].mean() + 0.1
+    better, worse = (esmeta.Result(d_mu, 0 * d_mu, meta.mu_critic, 0.0, None, None, 0)
+                     for d_mu in (np.ones_like(theta), -np.ones_like(theta)))
+    results = [baldwin.Result(*each, f) for each, f in ((better, 2.0), (worse, 1.0))]
+    assert (baldwin.update_distribution(meta, results, config).velocity > 0).all()
+
+
 def test_baldwin_has_the_steps_of_esmetas_meta_test(monkeypatch):
     config, seen = esmeta.make_config("cheetah_vel", rollouts=2), []
     monkeypatch.setattr(baldwin, "adapt", lambda theta, phi, data, sigma, config, dims, rng: (
         seen.append((data, config)) or (theta, phi)))
     baldwin.evaluate_goal(config, esmeta.initial_state(config), 0.5, 0, 2, 0)
+    assert [data.reward.shape for data, _ in seen] == [(200, 2)] * 2  # no episode without noise
     steps = [config.actor_step for _, config in seen]
     assert steps == [esmeta.config_of_update(update, data, config).actor_step
                      for update, (data, _) in enumerate(seen)]
@@ -144,8 +162,9 @@ def test_shared_sigma_takes_the_natural_gradient_in_one_log_sigma_a_layer(shapes
     objective = lambda x: np.mean(np.sum(F * esmeta.log_density(theta, mu, spread(x)), axis=1))
     gradient = [objective(log_sigma + e) - objective(log_sigma - e) for e in 1e-5 * np.eye(3)]
     expected = log_sigma + 30 * np.array(gradient) / 2e-5 / (2 * 4 * np.array(sizes))
-    _, new = shared_sigma.ascend(*esmeta.nes_gradient(theta, F, mu, sigma), sigma, 4, 0.0, 30,
-                                 config)
+    gradient = esmeta.nes_gradient(theta, F, mu, sigma)
+    step, new = shared_sigma.ascend(*gradient, sigma, 4, 2.0, 30, config)
+    np.testing.assert_array_equal(step, esmeta.ascend(*gradient, sigma, 4, 2.0, 0, config)[0])
     np.testing.assert_allclose(new, spread(expected), rtol=1e-7)
 
 
@@ -174,9 +193,38 @@ def test_the_tables_of_the_readmes_are_those_of_the_files(capsys):
         assert rows.startswith("| ") and f"\n\n{rows}\n\n" in text, name
 
 
-def test_training_curves_of_any_method_can_be_drawn():
+def test_the_task_of_a_run_of_any_method_is_read():
     for name in "cheetah_vel-seed0", "cheetah_vel-baldwin-seed0", "cheetah_vel-maml-seed0":
         assert figures.read_task(HERE / "results" / name) == "cheetah_vel"
+
+
+def test_maml_advantages_are_rewards_to_come_above_a_ridge_regression():
+    rng, valid = np.random.default_rng(0), np.arange(30)[:, None] < [30, 12]
+    obs, reward = rng.normal(size=(31, 2, 3)), rng.normal(size=(30, 2)) * valid
+    y = [[sum(0.99 ** (s - t) * reward[s, n] for s in range(t, 30)) for n in (0, 1)]
+         for t in range(30)]
+    s, y, t = obs[:-1][valid], np.array(y)[valid], np.nonzero(valid)[0] / 100
+    features = np.column_stack([s, s**2, t, t**2, t**3, t**0])
+    ridge = np.vstack([features, np.sqrt(1e-5) * np.eye(10)])
+    rest = y - features @ np.linalg.lstsq(ridge, np.append(y, np.zeros(10)), rcond=None)[0]
+    data = esmeta.Trajectories(obs, obs, None, reward, None, valid)
+    np.testing.assert_allclose(maml.advantages(data), (rest - rest.mean()) / rest.std(), atol=1e-5)
+
+
+def test_maml_takes_the_longest_step_that_descends_within_the_kl():
+    """L' = g d + c d^2, KL = d H d / 2; the whole step is the natural gradient's."""
+    rng = np.random.default_rng(0)
+    theta, g, root = rng.normal(size=5), rng.normal(size=5), rng.normal(size=(5, 5))
+    H = root @ root.T + np.eye(5)
+    whole = -np.linalg.solve(H, g) * np.sqrt(2 * 0.01 / (g @ np.linalg.solve(H, g)))
+    for c, length in (0.0, 1.0), (-g @ whole / (whole @ whole) / 0.7, 0.8**2), (1e9, 0.0):
+        average = lambda function, *x: {
+            maml.meta_gradient: lambda theta: g, maml.fisher_product: lambda theta, v: H @ v,
+            maml.objective: lambda new, old: (g @ (new - old) + c * (new - old) @ (new - old),
+                                              (new - old) @ H @ (new - old) / 2)}[function](*x)
+        new, kl = maml.trust_region_step(theta, average, 0.01)
+        np.testing.assert_allclose(new - theta, length * whole, rtol=1e-4, atol=1e-12)
+        np.testing.assert_allclose(kl, 0.01 * length**2, rtol=1e-4)
 
 
 def make_maml_task(torch, updates):
