@@ -94,11 +94,9 @@ def published(task, method="maml", updates="1"):
 
 
 def constant_speed(task, goals):
-    """Return of the best constant speed, the goals' median, on each goal; None for a direction."""
-    if tasks.find_task(task).direction:
-        return None
-    bonus = 1.05 if task == "ant_vel" else 0.0  # a living ant's, without its costs
-    return tasks.find_task(task).horizon * (bonus - np.abs(goals - np.median(goals)))
+    """Return of the best constant speed, the goals' median, on each goal, without its costs."""
+    task = tasks.find_task(task)
+    return task.horizon * (task.best_reward - np.abs(goals - np.median(goals)))
 
 
 def steps_once_a_task(folder):
@@ -146,15 +144,13 @@ def curve(ax, runs, column, label, colour, steps=False, **line):
 
 def yardsticks(ax, task, updates="1", constant=True):
     """Horizontal lines: MAML after some updates, the oracle, the best constant speed."""
-    lines = [(published(task, "maml", u), f"MAML's paper, {u} update" + "s" * (u != "1"), style)
-             for u, style in zip(updates, ("--", "-."))]
-    lines.append((published(task, "oracle", ""), "oracle that sees the goal", ":"))
+    lines = [(published(task, "maml", u), f"MAML's paper, {u} update" + "s" * (u != "1"), "black",
+              style) for u, style in zip(updates, ("--", "-."))]
+    lines.append((published(task, "oracle", ""), "oracle that sees the goal", GREEN, ":"))
     if constant and task in TASKS and not tasks.find_task(task).direction:
-        goals = tasks.test_goals(task)
-        lines.append((constant_speed(task, goals).mean(), "best constant speed, without costs",
-                      (0, (6, 3, 1, 3))))
-    for (value, label, style), colour in zip(lines, ("black", "black", GREEN, GREY)
-                                             if len(updates) > 1 else ("black", GREEN, GREY)):
+        lines.append((constant_speed(task, tasks.test_goals(task)).mean(),
+                      "best constant speed, without costs", GREY, (0, (6, 3, 1, 3))))
+    for value, label, colour, style in lines:
         if value is not None:
             ax.axhline(value, color=colour, ls=style, lw=1.4, label=label)
 

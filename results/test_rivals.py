@@ -1,8 +1,10 @@
 """Tests of the rivals; PyTorch's are skipped where it is not installed."""
 
+import csv
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import esmeta  # before numpy: it pins BLAS to one thread
@@ -13,7 +15,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 import tasks
 from esmeta import Dims
-from results import ablate, baldwin, figures, guard, maml, shared_sigma, table
+from results import ablate, baldwin, figures, gain, guard, maml, shared_sigma, table
 
 HERE = Path(esmeta.__file__).parent
 SEED = st.integers(0, 2**32 - 1)
@@ -64,9 +66,12 @@ def test_baldwin_adapts_towards_what_pays():
     still = lambda theta: esmeta.actor_forward(theta, obs[:-1].reshape(200, -1), dims)[0]
     action = (still(meta.mu_actor) + 0.3 * rng.normal(size=(200, dims.act))).reshape(50, 4, -1)
     no = np.zeros((50, 4), bool)
-    data = esmeta.Trajectories(obs, obs, action, action[..., 0], no, ~no)
-    theta, _ = baldwin.adapt(*meta[:3:2], data, meta.sigma_actor, config, dims, rng)
+    data = esmeta.Trajectories(obs, obs, action, action[..., 0] - 9, no, ~no)
+    theta, phi = baldwin.adapt(*meta[:3:2], data, meta.sigma_actor, config, dims, rng)
     assert still(theta)[:, 0].mean() > still(meta.mu_actor)[:, 0].mean() + 0.1
+    assert phi[-1] == pytest.approx(data.reward.mean(), abs=0.1)  # where its bias starts
+    sigmas = np.linalg.norm((theta - meta.mu_actor) / meta.sigma_actor)
+    assert sigmas == pytest.approx(config.actor_step, rel=1e-4)
     better, worse = (esmeta.Result(d_mu, 0 * d_mu, meta.mu_critic, 0.0, None, None, 0)
                      for d_mu in (np.ones_like(theta), -np.ones_like(theta)))
     results = [baldwin.Result(*each, f) for each, f in ((better, 2.0), (worse, 1.0))]
@@ -76,12 +81,17 @@ def test_baldwin_adapts_towards_what_pays():
 def test_baldwin_has_the_steps_of_esmetas_meta_test(monkeypatch):
     config, seen = esmeta.make_config("cheetah_vel", rollouts=2), []
     monkeypatch.setattr(baldwin, "adapt", lambda theta, phi, data, sigma, config, dims, rng: (
-        seen.append((data, config)) or (theta, phi)))
-    baldwin.evaluate_goal(config, esmeta.initial_state(config), 0.5, 0, 2, 0)
-    assert [data.reward.shape for data, _ in seen] == [(200, 2)] * 2  # no episode without noise
-    steps = [config.actor_step for _, config in seen]
+        seen.append((data, config, theta, phi)) or (0 * theta, phi + 1)))
+    meta = esmeta.initial_state(config)
+    actors = baldwin.evaluate_goal(config, meta, 0.5, 0, 2, 0)[1]
+    np.testing.assert_array_equal([theta for *_, theta, _ in seen], actors[:2])
+    np.testing.assert_array_equal([phi for *_, phi in seen], [meta.mu_critic, meta.mu_critic + 1])
+    np.testing.assert_array_equal(actors, meta.mu_actor * [[1], [0], [0]])
+    assert abs(seen[1][0].action.std() - baldwin.ACTION_STD) < 0.01 < seen[0][0].action.std() - 0.3
+    assert [data.reward.shape for data, *_ in seen] == [(200, 2)] * 2  # no episode without noise
+    steps = [config.actor_step for _, config, *_ in seen]
     assert steps == [esmeta.config_of_update(update, data, config).actor_step
-                     for update, (data, _) in enumerate(seen)]
+                     for update, (data, *_) in enumerate(seen)]
 
 
 def test_baldwin_has_the_same_bits_for_any_processes_and_after_a_resume(tmp_path):
@@ -200,10 +210,10 @@ def test_the_task_of_a_run_of_any_method_is_read():
 
 def test_maml_advantages_are_rewards_to_come_above_a_ridge_regression():
     rng, valid = np.random.default_rng(0), np.arange(30)[:, None] < [30, 12]
-    obs, reward = rng.normal(size=(31, 2, 3)), rng.normal(size=(30, 2)) * valid
+    obs, reward = 9 * rng.normal(size=(31, 2, 3)), rng.normal(size=(30, 2)) * valid
     y = [[sum(0.99 ** (s - t) * reward[s, n] for s in range(t, 30)) for n in (0, 1)]
          for t in range(30)]
-    s, y, t = obs[:-1][valid], np.array(y)[valid], np.nonzero(valid)[0] / 100
+    s, y, t = obs[:-1][valid].clip(-10, 10), np.array(y)[valid], np.nonzero(valid)[0] / 100
     features = np.column_stack([s, s**2, t, t**2, t**3, t**0])
     ridge = np.vstack([features, np.sqrt(1e-5) * np.eye(10)])
     rest = y - features @ np.linalg.lstsq(ridge, np.append(y, np.zeros(10)), rcond=None)[0]
@@ -290,3 +300,152 @@ def test_extra_maml_says_in_one_line_that_it_lacks_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True)
     expected = 2, "", "results.maml: error: no torch: pip install torch\n"
     assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+def test_extra_maml_update_and_objective_by_hand():
+    torch = pytest.importorskip("torch")
+    theta, (first, last), rate, dims = make_maml_task(torch, 1)
+    other = theta + 0.1 * torch.tensor(np.random.default_rng(1).standard_normal(len(theta)))
+
+    def policy(theta, batch):  # log pi(a | s) (B,), mean (B, act), std (act,)
+        *w, log_std = esmeta.unpack(theta.numpy(), [*esmeta.actor_shapes(dims), (dims.act,)])
+        x = np.maximum(esmeta.affine(batch.obs.numpy(), w[0]), 0)
+        mean = esmeta.affine(np.maximum(esmeta.affine(x, w[1]), 0), w[2])
+        std = np.exp(log_std)
+        return esmeta.log_density(batch.action.numpy(), mean, std), mean, std
+
+    def adapted(theta):  # it climbs the mean of log pi A
+        return theta + rate * central_differences(torch, lambda x: torch.tensor(
+            np.mean(policy(x, first)[0] * first.advantage.numpy())), theta)
+
+    np.testing.assert_allclose(maml.adapt(theta, [first], rate, dims), adapted(theta), atol=1e-8)
+    (log_old, m0, s0), (log_new, m1, s1) = (policy(adapted(x), last) for x in (theta, other))
+    loss = -np.mean(np.exp(log_new - log_old) * last.advantage.numpy())
+    kl = np.mean(np.sum(np.log(s1 / s0) + (s0**2 + (m0 - m1) ** 2) / (2 * s1**2) - 0.5, axis=1))
+    np.testing.assert_allclose(maml.objective(other, theta, [first, last], rate, dims), [loss, kl],
+                               rtol=1e-6)
+
+
+@pytest.mark.parametrize("name, k, later", [("cheetah_vel", 20, 0.05), ("ant_dir", 40, 0.001)])
+def test_maml_has_its_authors_tasks_steps_and_episodes(name, k, later, monkeypatch):
+    config, loops, tests = maml.make_config(name, updates=2), [], []
+    assert not maml.initial_theta(config)[-tasks.TASKS[name].act:].any()  # std 1
+    zero = np.zeros((2, 1))
+    monkeypatch.setattr(maml, "inner_loop", lambda *args: loops.append(args) or [(0, 1.0, 2)])
+    monkeypatch.setattr(maml, "rollout", lambda *args: tests.append(args) or esmeta.Trajectories(
+        None, None, None, zero + 3, None, zero == 0))
+    assert [maml.collect(config, None, 5, i) for i in range(40)] == [((1.0,), (2,))] * 40
+    _, _, goals, _, rates, rollouts = zip(*loops)
+    assert config.batch == 40 and len(set(goals)) == (2 if name == "ant_dir" else 40)
+    assert rates == ([0.1, 0.1],) * 40 and rollouts == (config.rollouts,) * 40
+    assert maml.evaluate(config, None, 7) == [(6.0, 1.0)]
+    assert loops[-1][2] == tasks.test_goals(name)[7] == tests[0][2]
+    np.testing.assert_allclose(loops[-1][4], [0.1, later, later])
+    assert loops[-1][5] == k and tests[0][4].shape[1] == len(tests[0][3]) == 20
+    assert not tests[0][4].any()
+
+
+def test_extra_maml_committed_run_is_what_its_checkpoint_does():
+    pytest.importorskip("torch")
+    folder = HERE / "results" / "cheetah_vel-maml-seed1"
+    config, theta, *_ = maml.load_run(folder)
+    rows = list(csv.DictReader((folder / "eval.csv").open()))
+    for i in 0, 1:  # goals, to 10 or 10 %: other CPUs round differently
+        written = [[float(row[c]) for c in ("return", "return_stochastic")] for row in rows[i::40]]
+        np.testing.assert_allclose(maml.evaluate(config, theta, i), written, rtol=0.1, atol=10)
+
+
+SETTINGS_OF = {  # a folder's variant: what differs from the defaults
+    "heldout": {}, "baldwin": {}, "maml": {}, "maml3": dict(updates=3), "M16": dict(workers=16),
+    "K40": dict(rollouts=40), "cycles3": dict(cycles=3, actor_step=1.5),
+    "fixed_sigma": dict(lr_sigma_actor=0.0, lr_sigma_critic=0.0),
+    "fixed06": dict(lr_sigma_actor=0.0, lr_sigma_critic=0.0, sigma=0.06),
+    "shared03": dict(lr_sigma_actor=300.0, lr_sigma_critic=0.0),
+    "shared06": dict(lr_sigma_actor=300.0, lr_sigma_critic=0.0, sigma=0.06)}
+
+
+def test_committed_runs_have_the_settings_that_the_readmes_name():
+    found = set()
+    for folder in (HERE / "results").glob("*-*-seed*"):
+        task, variant, seed = folder.name.replace("-seed", "-").split("-")
+        if variant in SETTINGS_OF:
+            make = maml.make_config if "maml" in variant else esmeta.make_config
+            config = make(task, seed=int(seed), **SETTINGS_OF[variant])
+            iterations = getattr(config, "iterations", esmeta.ITERATIONS)
+            assert figures.read_config(folder, lambda given: type(config)(**given)) == config
+            rows = len((folder / "log.csv").read_text().splitlines()) - 1
+            assert rows == iterations or variant == "maml3", folder
+            found.add(variant)
+    assert found == SETTINGS_OF.keys()
+
+
+def test_baldwin_workers_are_mirrored_and_tested_as_adapted(monkeypatch):
+    """The adapted actor stands still."""
+    config = esmeta.make_config("point_goal", rollouts=4)
+    meta = esmeta.initial_state(config)
+    monkeypatch.setattr(baldwin, "adapt", lambda theta, phi, *_: (0 * theta, phi))
+    a, b, c = (baldwin.evaluate_worker(config, meta, worker) for worker in range(3))
+    np.testing.assert_allclose(a.d_mu, -b.d_mu, atol=0.1)
+    np.testing.assert_allclose(a.phi - meta.mu_critic, meta.mu_critic - b.phi, atol=1e-6)
+    assert abs(np.corrcoef(a.d_mu, c.d_mu)[0, 1]) < 0.1
+    assert abs(np.std(a.d_mu * meta.sigma_actor) - 4**0.5) < 0.1  # as far as K explorers move mu
+    goals = esmeta.sample_tasks(config, 0, 0)
+    assert a.fitness == b.fitness == pytest.approx(-100 * np.mean(np.sum(goals**2, axis=1)))
+    assert a.fitness == pytest.approx(a.returns[2]) and a.env_steps == (5 + 4) * 100
+
+
+def test_gains_are_leads_over_the_settings_trained_with_and_their_errors():
+    config, jobs = esmeta.make_config("cheetah_vel"), []
+    crew = types.SimpleNamespace(map=lambda function, new: jobs.extend(new) or [
+        (np.array([0.5, 9.0, config.n_step * goal]), None) for config, _, goal, *_ in new])
+    rows = [*gain.gains(config, None, 2, ["n_step=23"], crew)]
+    goals = np.array([job[2] for job in jobs[:40]])
+    assert (goals < 1).sum() == 20 == (goals > 1).sum()
+    assert [job[3:] for job in jobs] == [(i, 2, 1) for i in range(40)] * 2
+    numbers = [0.5, 23 * goals.mean(), 23 * goals.mean() - 0.5, 3 * goals.mean(),
+               3 * goals.std(ddof=1) / 40**0.5]
+    assert rows[1] == "cheetah_vel,2,n_step=23," + ",".join(f"{x:.1f}" for x in numbers)
+
+
+def test_ablations_are_of_the_last_quarter_and_its_range_over_seeds(monkeypatch):
+    monkeypatch.setattr(esmeta, "iterate", lambda config, meta, crew: (
+        meta._replace(iteration=meta.iteration + 1),
+        {"return_after": config.n_step * (meta.iteration + 10.0 * config.seed)}, 0))
+    rows = [*ablate.ablations(["", "n_step=2"], "cheetah_vel", 16, 3, None)]
+    assert rows == ["cheetah_vel,16,3,default,470.0,400.0", "cheetah_vel,16,3,n_step=2,47.0,40.0"]
+
+
+def test_extra_figures_draw_means_over_seeds():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    lines = {line.get_label(): line for line in figures.figure1(plt).axes[0].lines}
+    for label, name, steps in ("ESMeta", "cheetah_vel", 133), ("MAML here", "cheetah_vel-maml", 76):
+        x, y = lines[f"{label}, after adaptation"].get_data()
+        logs = [figures.read_log(HERE / "results" / f"{name}-seed{s}") for s in range(3)]
+        np.testing.assert_allclose(y, np.mean([log["return_after"] for log in logs], axis=0))
+        assert round(x[-1]) == steps and len(x) == len(y)
+    assert lines["MAML's paper, 1 update"].get_ydata()[0] == -78.6
+    dots = {line.get_markerfacecolor(): line.get_ydata().mean()
+            for line in figures.adaptation(plt).axes[0].lines if line.get_marker() == "o"}
+    assert {colour: round(y, 1) for colour, y in dots.items()} == {
+        "white": -121.1, figures.BLUE: -55.2}  # as README's table
+    plt.close("all")
+
+
+def test_maml_logs_returns_before_and_after_all_updates_and_counts_all_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(maml, "iterate", lambda config, theta, iteration, crew: (
+        theta, np.array([1.0, 2.0, 3.0]), 0.5, 10))
+    maml.train(maml.make_config("point_goal", iterations=2), None, tmp_path)
+    rows = [line.rsplit(",", 1)[0] for line in (tmp_path / "log.csv").read_text().split()]
+    assert rows == ["iteration,return_before,return_after,kl,env_steps", "0,1,3,0.5,10",
+                    "1,1,3,0.5,20"]
+
+
+def test_baldwin_committed_run_is_what_its_checkpoint_does(monkeypatch):
+    monkeypatch.setattr(esmeta, "VERSION", baldwin.VERSION)
+    folder = HERE / "results" / "cheetah_vel-baldwin-seed0"
+    config, meta = esmeta.load_checkpoint(folder)
+    rows = list(csv.DictReader((folder / "eval.csv").open()))
+    for i in 0, 1:  # goals, to 10 or 10 %: other CPUs round differently
+        returns, _ = baldwin.evaluate_goal(config, meta, tasks.test_goals(config.task)[i], i, 3, 0)
+        written = [float(row["return"]) for row in rows[i::40]]
+        np.testing.assert_allclose(returns, written, rtol=0.1, atol=10)
