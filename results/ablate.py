@@ -4,8 +4,8 @@
     python -m results.ablate --task ant_vel tests=1  # any argument: only prints
 
 One row a variant: `return_after`, mean over the last quarter of the iterations and over seeds, and
-its range over seeds. A variant is `name=value flag`, the settings of the command line, and
-`paper:sample_tasks`, a function of esmeta that takes the line of `if config.paper:`. Variants of
+its range over seeds. A variant is `name=value flag`, the settings of the command line, or
+`paper:sample_tasks`: that function of esmeta runs its branch of `if config.paper:`. Variants of
 `goals`, `tests`, `paper:sample_tasks` and `paper:evaluate_adapted` change what `return_after` is a
 mean of.
 """

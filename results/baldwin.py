@@ -1,11 +1,12 @@
 """A rival of the paper's figure 1, ES + A2C: `python -m results.baldwin --task cheetah_vel`.
 
-After Fernando et al. 2018, "Meta-learning by the Baldwin effect". Update, networks and settings are
-esmeta's, the inner loop is advantage actor-critic. A worker has one actor and fitness, not K; it
-explores by noise on its actions, a ~ N(actor(theta, s), ACTION_STD^2). Its fitness is the return
-of the adapted actor on fresh starts, without noise, in ranks over all workers. The program is
-esmeta's with three of its functions replaced. So are its flags; --out is by default
-runs/<task>-baldwin-seed<N>, and --paper, --cycles and --pool are refused.
+After Fernando et al. 2018, "Meta-learning by the Baldwin effect", which also evolves settings of
+the learning. Here update, networks and settings are esmeta's, the inner loop is advantage
+actor-critic. A worker has one actor and fitness, not K; it explores by noise on its actions,
+a ~ N(actor(theta, s), ACTION_STD^2). Its fitness is the return of the adapted actor on fresh
+starts, without noise, in ranks over all workers. The program is esmeta's with four of its functions
+replaced. It has esmeta's flags, but --out is by default runs/<task>-baldwin-seed<N>, and --paper,
+--cycles and --pool are refused.
 """
 
 import math
@@ -20,7 +21,7 @@ from esmeta import actor_forward, nstep_targets, state_values
 
 ACTION_STD = 0.3  # of the policy, whose actions are cut at -1 and 1
 VERSION = "1 of results.baldwin"  # of checkpoints, which esmeta refuses, as it adapts otherwise
-Result = namedtuple("Result", (*esmeta.Result._fields, "fitness"))  # d_mu, d_sigma are for F = 1
+Result = namedtuple("Result", (*esmeta.Result._fields, "fitness"))  # d_mu's F is still sqrt(K)
 
 
 def a2c_gradient(theta, obs, action, advantage, std, dims):

@@ -4,6 +4,7 @@
 
 import argparse
 import csv
+import functools
 import json
 import re
 import sys
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 TASKS = ("cheetah_vel", "cheetah_dir", "ant_vel", "ant_dir")
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#0969b2", "#d95f02", "#1b8a5a", "#777777", "#7b3294"
 RIVALS = (("baldwin", "ES + A2C", ORANGE), ("maml", "MAML here", PURPLE))
-PANELS = (  # of figure 2: what varies, title, updates of MAML's lines, {variant: in a table}
+PANELS = (  # of figure 2: key, title, after which updates MAML's lines are, {variant: label}
     ("workers", "workers; learned or fixed sigma", "1",
      {"": "as it is", "M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
     ("cycles", "gradient updates of an adaptation", "13",
@@ -39,7 +40,7 @@ STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.
 def read_log(folder):
     """Columns of a run's log.csv as a dict of arrays (iterations,); ValueError for other files.
 
-    A rival's has no more than some of esmeta's columns.
+    MAML's has only some of esmeta's columns.
     """
     path = Path(folder) / "log.csv"
     if not path.is_file():
@@ -115,6 +116,7 @@ def steps_once_a_task(folder):
     return log["env_steps"] / 1e6 * (g * explore + test) / (explore + test)
 
 
+@functools.cache  # it says what is missing, once
 def find_runs(task, variant=""):
     """Folders of the seeds of one setting, in order; one line where there is none."""
     name = task + (f"-{variant}" if variant else "")
@@ -270,7 +272,7 @@ def adaptation(plt):
             returns = np.mean([returns[:2] for _, returns in evals], axis=0)
             tested[task] = evals[0][0], returns, len(evals)
         else:
-            print(f"skipped: no results/{task}-seed*/eval.csv")
+            print(f"skipped: no results/{task}-seed*/eval.csv", file=sys.stderr)
     if not tested:
         return None
     figure, axes = plt.subplots(2, 2, figsize=(10, 8.4), layout="constrained")
@@ -328,7 +330,7 @@ def draw(plt, folders):
             save(figure, HERE / f"{name}.png")
 
 
-@one_line("figures")
+@one_line("results.figures")
 def main(argv=None):
     """The program."""
     parser = esmeta.OneLineParser("results.figures", description=__doc__,

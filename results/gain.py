@@ -4,9 +4,10 @@
     python -m results.gain DIR actor_step=2 "n_step=50 gamma=0.99"  # any argument: only prints
 
 One row a variant: the return before and after the adaptations of mu, averaged over 40 goals spread
-over the training's (half of them in each direction, not MAML's test goals), the gain, and what it
-exceeds the gain of the settings trained with by, with its standard error over goals, each with its
-own explorers. Of the first update all see the same trajectories, but for `rollouts`.
+over the training's (half of them in each direction, not MAML's test goals), the gain, and `more`:
+how much higher the return after is than with the settings of the training, with its standard error
+over goals. Each goal has its own explorers. In the first update all variants see the same
+trajectories, but for `rollouts`.
 """
 
 import dataclasses

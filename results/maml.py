@@ -1,8 +1,7 @@
-"""MAML as its authors ran it, but with just K episodes a task where theirs may be more (ants).
+"""MAML (Finn, Abbeel, Levine 2017) with TRPO, as its authors ran it but for what is told below.
 
     python -m results.maml --task cheetah_vel --out DIR  # trains, then meta-tests as --eval DIR
 
-"Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks" (Finn, Abbeel, Levine 2017).
 theta (P,) is a Gaussian policy, its weights and log std; K trajectories of task i are a Batch D_i.
 
 MAML with TRPO                                                     function
@@ -17,7 +16,9 @@ MAML with TRPO                                                     function
     F = Hessian of the mean KL of the adapted policies             fisher_product
     step theta along F^-1 g as far as the KL allows                trust_region_step
 
-(MAML): cbfinn/maml_rl at 9c8e2eb, its code and what its test scripts call their checkpoints.
+(MAML): from cbfinn/maml_rl at 9c8e2eb, its code or the names of its test scripts' checkpoints.
+Theirs may collect a few episodes more than K. With U > 1, each of its tasks acts from the second
+update on from the last task's weights (compute_updated_dists), here from its own, as in L'.
 """
 
 import io
@@ -48,7 +49,7 @@ SETTINGS = {  # (MAML)
     "cheetah_dir": dict(rollouts=20, iterations=101, max_kl=0.02),
     "ant_vel": dict(rollouts=20, iterations=376),
     "ant_dir": dict(rollouts=40, iterations=576),
-    "point_goal": dict(rollouts=20, iterations=100, inner_rate=0.5)}
+    "point_goal": dict(rollouts=20, iterations=100, inner_rate=0.5)}  # its reward is ours
 
 
 class Config(NamedTuple):
@@ -61,7 +62,7 @@ class Config(NamedTuple):
     rollouts: int = 20  # K (MAML)
     inner_rate: float = 0.1  # alpha (MAML)
     max_kl: float = 0.01  # of a step of theta (MAML)
-    iterations: int = 500  # in all (MAML)
+    iterations: int = 500  # in all (ours, as each of SETTINGS has MAML's)
 
 
 def make_config(task, **explicit):
@@ -305,7 +306,7 @@ def load_run(folder):
 
 def report_eval(folder, crew):
     """MAML's meta-test on its 40 goals: writes eval.csv, prints the means."""
-    config, theta, *_ = load_run(folder)
+    config, theta, done, _ = load_run(folder)
     goals = tasks.test_goals(config.task)
     returns = np.array(crew.map(evaluate, [(config, theta, i) for i in range(len(goals))]))
     rows = [("task", "goal", "updates", "return", "return_stochastic")]
@@ -313,14 +314,13 @@ def report_eval(folder, crew):
              for u in range(4) for goal, each in zip(goals, returns)]
     esmeta.replace_file(Path(folder) / "eval.csv", "".join(map(esmeta.csv_line, rows)))
     for kind, means in zip(("mean policy", "stochastic"), returns.mean(axis=0).T):
-        print(f"{config.task}, {kind}, before and after 1, 2, 3 updates:", *means.round(1))
+        print(f"{config.task} after {done} iterations, {kind}, before and after 1, 2, 3 updates:",
+              *means.round(1))
 
 
 @one_line("results.maml")
 def main(argv=None):
     """The program; a training that was stopped goes on with --resume."""
-    if torch is None:
-        raise ValueError("no torch: pip install torch")
     parser = esmeta.OneLineParser("results.maml", description=__doc__.split("\n")[0])
     parser.add_argument("--task", help="one of " + ", ".join(tasks.TASKS))
     for name, usual in dict(seed=0, updates=1, iterations="MAML's", processes="cores").items():
@@ -330,6 +330,8 @@ def main(argv=None):
     where.add_argument("--eval", metavar="DIR", help="only meta-tests a run")
     parser.add_argument("--resume", action="store_const", const=True, help="continue --out")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    if torch is None:
+        raise ValueError("no torch: pip install torch")
     processes, folder = given.pop("processes", None), given.pop("eval", None)
     if folder is not None and given:
         raise ValueError(f"--eval takes no --{min(given)}")

@@ -2,7 +2,8 @@
 
 The command line is esmeta's. In `ascend` each log sigma of a layer takes the mean of the layer's
 natural gradients, which is the natural gradient of Eq. 10 in one log sigma that the layer shares.
-DIR also gets sigma.csv: sigma_a of W1, W2, W3 after each iteration. Resume by this program too.
+DIR also gets sigma.csv: sigma_a of W1, W2, W3 after each iteration. Resume by this program too, as
+esmeta's own would go on with a sigma for each weight.
 """
 
 import sys
@@ -19,7 +20,7 @@ def ascend(d_mu, d_sigma, sigma, k, lr_mu, lr_sigma, config, per_weight=esmeta.a
     step, _ = per_weight(d_mu, d_sigma, sigma, k, lr_mu, 0.0, config)
     natural, dims = d_sigma * sigma / (2 * k), esmeta.task_dims(config.task)
     for shapes in esmeta.actor_shapes(dims), esmeta.critic_shapes(dims):
-        if sum(rows * columns for rows, columns in shapes) == len(sigma):
+        if sum(rows * columns for rows, columns in shapes) == len(sigma):  # actor's or critic's
             for layer in esmeta.unpack(natural, shapes):
                 layer[:] = layer.mean()
     return step, np.clip(sigma * np.exp(lr_sigma * natural), 1e-5, 1.0)
@@ -35,9 +36,16 @@ def save_checkpoint(path, config, meta, plain=esmeta.save_checkpoint):
     plain(path, config, meta)
 
 
+def train(config, *args, plain=esmeta.train, **others):
+    """esmeta's; ValueError for --paper, whose mu takes no natural gradient."""
+    if config.paper:
+        raise ValueError("results.shared_sigma takes no --paper")
+    return plain(config, *args, **others)
+
+
 def main(argv=None):
     """The program, with esmeta's exit status."""
-    with mock.patch.multiple(esmeta, ascend=ascend, save_checkpoint=save_checkpoint):
+    with mock.patch.multiple(esmeta, train=train, ascend=ascend, save_checkpoint=save_checkpoint):
         return esmeta.main(argv)
 
 

@@ -4,17 +4,15 @@ Returns are means over MAML's 40 test goals, +- 1.96 standard errors over them f
 direction has copies of one goal, which say nothing about others: what tells is the seeds.
 """
 
-import functools
 import sys
 
 import esmeta
 import numpy as np
 import tasks
-from results import figures
-from results.figures import PANELS, RIVALS, TASKS, published, read_eval, read_log, steps_once_a_task
+from results.figures import (PANELS, RIVALS, TASKS, find_runs, published, read_eval, read_log,
+                             steps_once_a_task)
 from results.guard import one_line
 
-find_runs = functools.cache(figures.find_runs)  # it says what is missing, once
 PAPER = {"cheetah_vel": '"better results than MAML", no number', "cheetah_dir": "400",
          "ant_vel": '"the better performance", no number', "ant_dir": "below MAML's 480"}
 
@@ -52,7 +50,7 @@ def mean_and_seeds(task, variant=""):
 
 
 def new_seeds(task):
-    """After 1 and 3 updates, mean over seeds run when training's settings stood; their number."""
+    """Mean after 1 and 3 updates of the new seeds (`heldout`), and how many there are."""
     means = [returns.mean(axis=1)[[1, 3]] for *_, returns in meta_tests(task, variant="heldout")]
     return (" / ".join(f"{mean:.1f}" for mean in np.mean(means, axis=0)) + f" ({len(means)})"
             if means else "none")

@@ -72,10 +72,46 @@ def test_baldwin_adapts_towards_what_pays():
     assert phi[-1] == pytest.approx(data.reward.mean(), abs=0.1)  # where its bias starts
     sigmas = np.linalg.norm((theta - meta.mu_actor) / meta.sigma_actor)
     assert sigmas == pytest.approx(config.actor_step, rel=1e-4)
-    better, worse = (esmeta.Result(d_mu, 0 * d_mu, meta.mu_critic, 0.0, None, None, 0)
-                     for d_mu in (np.ones_like(theta), -np.ones_like(theta)))
-    results = [baldwin.Result(*each, f) for each, f in ((better, 2.0), (worse, 1.0))]
-    assert (baldwin.update_distribution(meta, results, config).velocity > 0).all()
+
+
+def test_baldwin_step_is_along_sigma_squared_of_advantages_over_a_fitted_value(monkeypatch):
+    """The value of the fitted critic; it is fitted to the actor's own actions, not to those drawn.
+
+    A constant in the values changes no step.
+    """
+    config = esmeta.make_config("cheetah_vel", gamma=0.0, rollouts=2)
+    dims, meta = esmeta.task_dims(config.task), esmeta.initial_state(config)
+    [data] = baldwin.explore(meta.mu_actor, [0.5], config, lambda s: s, np.random.default_rng(0))
+    seen, values, fit, constant = [], [], esmeta.fit_critic, 0.0
+    monkeypatch.setattr(esmeta, "fit_critic", lambda phi, obs, action, *rest: (
+        seen.append((obs, action)) or fit(phi, obs, action, *rest)))
+    monkeypatch.setattr(baldwin, "state_values", lambda theta, phi, obs, dims: (
+        values.append(phi) or np.full(obs.shape[:-1], constant, np.float32)))
+
+    def move(sigma):
+        theta, phi = baldwin.adapt(*meta[:3:2], data, sigma, config, dims, np.random.default_rng(1))
+        assert values[-1] is phi and values[-2] is not phi
+        step = (theta - meta.mu_actor) / sigma**2
+        return step / np.linalg.norm(step)
+
+    sigma = meta.sigma_actor * np.linspace(1, 2, len(meta.mu_actor), dtype=np.float32)
+    first = move(meta.sigma_actor)
+    np.testing.assert_allclose(move(sigma), first, atol=1e-4)
+    constant = 50.0
+    np.testing.assert_allclose(move(sigma), first, atol=1e-4)
+    obs, action = seen[0]
+    np.testing.assert_array_equal(action, esmeta.actor_forward(meta.mu_actor, obs, dims)[0])
+
+
+def test_baldwin_update_is_by_ranks():
+    config = esmeta.make_config("cheetah_vel")
+    meta = esmeta.initial_state(config)
+    better, worse = (esmeta.Result(d, d, meta.mu_critic, 0.0, None, None, 0)
+                     for d in (np.ones_like(meta.mu_actor), -np.ones_like(meta.mu_actor)))
+    results = [baldwin.Result(*each, f) for each, f in ((better, 9.0), (worse, 1.0))]
+    new = baldwin.update_distribution(meta, results, config)
+    np.testing.assert_allclose(new.velocity, 0.3 * 30 * 0.5 * 0.03**2 / 20, rtol=1e-4)
+    assert (new.sigma_actor > meta.sigma_actor).all()
 
 
 def test_baldwin_has_the_steps_of_esmetas_meta_test(monkeypatch):
@@ -94,7 +130,7 @@ def test_baldwin_has_the_steps_of_esmetas_meta_test(monkeypatch):
                      for update, (data, *_) in enumerate(seen)]
 
 
-def test_baldwin_has_the_same_bits_for_any_processes_and_after_a_resume(tmp_path):
+def test_baldwin_has_the_same_bits_for_any_processes_and_after_a_resume(tmp_path, monkeypatch):
     def train(name, iterations, *flags):
         out = tmp_path / name
         assert baldwin.main([*TINY, "--out", str(out), "--iterations", iterations, *flags]) == 0
@@ -105,10 +141,13 @@ def test_baldwin_has_the_same_bits_for_any_processes_and_after_a_resume(tmp_path
     assert train("two", "2", "--processes", "2") == one != train("cut", "1", "--processes", "1")
     assert train("cut", "2", "--processes", "1", "--resume") == one
     assert one[1][0] == ",".join(esmeta.LOG_COLUMNS[:-1]) and len(one[1]) == 3
+    monkeypatch.chdir(tmp_path)
+    assert baldwin.main([*TINY, "--iterations", "0"]) == 0  # by default not where esmeta's runs are
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["point_goal-baldwin-seed0"]
     assert baldwin.main(["--eval", str(tmp_path / "one"), "--processes", "1"]) == 0
     rows = (tmp_path / "one" / "eval.csv").read_text().splitlines()
     assert rows[0] == "task,goal,updates,return" and len(rows) == 1 + 2 * 40
-    with pytest.raises(ValueError, match="version 1 of results.baldwin, not 3"):
+    with pytest.raises(ValueError, match=f"version 1 of results.baldwin, not {esmeta.VERSION}"):
         esmeta.load_checkpoint(tmp_path / "one")  # it would adapt by DDPG
 
 
@@ -176,6 +215,14 @@ def test_shared_sigma_takes_the_natural_gradient_in_one_log_sigma_a_layer(shapes
     step, new = shared_sigma.ascend(*gradient, sigma, 4, 2.0, 30, config)
     np.testing.assert_array_equal(step, esmeta.ascend(*gradient, sigma, 4, 2.0, 0, config)[0])
     np.testing.assert_allclose(new, spread(expected), rtol=1e-7)
+    _, far = shared_sigma.ascend(*gradient, sigma, 4, 2.0, 1e6, config)
+    assert {far.min(), far.max()} <= {1e-5, 1.0}
+
+
+def test_shared_sigma_refuses_the_papers_form(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shared_sigma.main([*TINY, "--paper"]) == 2 and not [*tmp_path.iterdir()]
+    assert "--paper" in capsys.readouterr().err
 
 
 def test_shared_sigma_has_a_row_an_iteration_also_after_a_resume(tmp_path):
@@ -222,19 +269,23 @@ def test_maml_advantages_are_rewards_to_come_above_a_ridge_regression():
 
 
 def test_maml_takes_the_longest_step_that_descends_within_the_kl():
-    """L' = g d + c d^2, KL = d H d / 2; the whole step is the natural gradient's."""
+    """L' = g d + c d^2, KL = more d H d / 2; the whole step is the natural gradient's."""
     rng = np.random.default_rng(0)
     theta, g, root = rng.normal(size=5), rng.normal(size=5), rng.normal(size=(5, 5))
     H = root @ root.T + np.eye(5)
     whole = -np.linalg.solve(H, g) * np.sqrt(2 * 0.01 / (g @ np.linalg.solve(H, g)))
-    for c, length in (0.0, 1.0), (-g @ whole / (whole @ whole) / 0.7, 0.8**2), (1e9, 0.0):
+    for c, more, length in ((0.0, 1.0, 1.0), (0.0, 1.3, 0.8), (1e9, 1.0, 0.0),
+                            (-g @ whole / (whole @ whole) / 0.7, 1.0, 0.8**2)):
         average = lambda function, *x: {
             maml.meta_gradient: lambda theta: g, maml.fisher_product: lambda theta, v: H @ v,
-            maml.objective: lambda new, old: (g @ (new - old) + c * (new - old) @ (new - old),
-                                              (new - old) @ H @ (new - old) / 2)}[function](*x)
+            maml.objective: lambda new, old: (
+                g @ (new - old) + c * (new - old) @ (new - old),
+                more * (new - old) @ H @ (new - old) / 2)}[function](*x)
         new, kl = maml.trust_region_step(theta, average, 0.01)
         np.testing.assert_allclose(new - theta, length * whole, rtol=1e-4, atol=1e-12)
-        np.testing.assert_allclose(kl, 0.01 * length**2, rtol=1e-4)
+        np.testing.assert_allclose(kl, more * 0.01 * length**2, rtol=1e-4)
+    assert (maml.CG_ITERATIONS, maml.DAMPING, maml.MIN_STD) == (10, 1e-5, 1e-6)
+    np.testing.assert_allclose(maml.BACKTRACKS, [0.8**i for i in range(15)])
 
 
 def make_maml_task(torch, updates):
@@ -272,7 +323,7 @@ def test_extra_maml_derivatives_go_through_the_updates(updates):
 
 def test_extra_maml_has_the_same_bits_after_a_resume_and_for_any_processes(tmp_path):
     pytest.importorskip("torch")
-    config = maml.make_config("point_goal", rollouts=3, updates=2, iterations=2)._replace(batch=4)
+    config = maml.make_config("point_goal", rollouts=3, iterations=2)._replace(batch=2)
     with esmeta.Crew(1) as one, esmeta.Crew(2) as two:
         whole = maml.train(config, one, tmp_path / "whole")
         maml.train(config._replace(iterations=1), two, tmp_path / "parts")
@@ -289,17 +340,20 @@ def test_extra_maml_has_the_same_bits_after_a_resume_and_for_any_processes(tmp_p
 @pytest.mark.parametrize("flags", ["--out a --eval b", "--eval nowhere", "--task nowhere --out a",
                                    "--updates 0 --out a", "--seed -1 --out a", "--resume --out a",
                                    "--eval nowhere --seed 1"])
-def test_extra_maml_refuses_bad_input_in_one_line(flags, capsys):
+def test_extra_maml_refuses_bad_input_in_one_line(flags, capsys, tmp_path, monkeypatch):
     pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(maml, "iterate", lambda *_: pytest.fail("it started to work"))
     assert maml.main(flags.split()) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
 
 
 def test_extra_maml_says_in_one_line_that_it_lacks_torch():
     code = ("import sys; sys.modules['torch'] = None\n"
-            "from results import maml; sys.exit(maml.main())")
+            "from results import maml; sys.exit(maml.main(['--eval', 'x']))")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True)
-    expected = 2, "", "results.maml: error: no torch: pip install torch\n"
-    assert (done.returncode, done.stdout, done.stderr) == expected
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "results.maml: error: no torch: pip install torch"
 
 
 def test_extra_maml_update_and_objective_by_hand():
@@ -331,17 +385,22 @@ def test_maml_has_its_authors_tasks_steps_and_episodes(name, k, later, monkeypat
     config, loops, tests = maml.make_config(name, updates=2), [], []
     assert not maml.initial_theta(config)[-tasks.TASKS[name].act:].any()  # std 1
     zero = np.zeros((2, 1))
-    monkeypatch.setattr(maml, "inner_loop", lambda *args: loops.append(args) or [(0, 1.0, 2)])
+    monkeypatch.setattr(maml, "inner_loop", lambda *args: (
+        loops.append((*args[:3], args[3].random(), *args[4:])) or [(0, 1.0, 2)]))
     monkeypatch.setattr(maml, "rollout", lambda *args: tests.append(args) or esmeta.Trajectories(
         None, None, None, zero + 3, None, zero == 0))
     assert [maml.collect(config, None, 5, i) for i in range(40)] == [((1.0,), (2,))] * 40
-    _, _, goals, _, rates, rollouts = zip(*loops)
+    _, _, goals, random, rates, rollouts = zip(*loops)
     assert config.batch == 40 and len(set(goals)) == (2 if name == "ant_dir" else 40)
+    maml.collect(config, None, 6, 0)
+    assert len({*random, loops[-1][3]}) == 41 and (loops[-1][2] != goals[0] or name == "ant_dir")
     assert rates == ([0.1, 0.1],) * 40 and rollouts == (config.rollouts,) * 40
     assert maml.evaluate(config, None, 7) == [(6.0, 1.0)]
     assert loops[-1][2] == tasks.test_goals(name)[7] == tests[0][2]
     np.testing.assert_allclose(loops[-1][4], [0.1, later, later])
     assert loops[-1][5] == k and tests[0][4].shape[1] == len(tests[0][3]) == 20
+    starts = esmeta.generator(esmeta.EVAL, 0, 0, 0).integers(2**31, size=20)  # ESMeta's
+    np.testing.assert_array_equal(tests[0][3], starts)
     assert not tests[0][4].any()
 
 
@@ -360,38 +419,52 @@ SETTINGS_OF = {  # a folder's variant: what differs from the defaults
     "K40": dict(rollouts=40), "cycles3": dict(cycles=3, actor_step=1.5),
     "fixed_sigma": dict(lr_sigma_actor=0.0, lr_sigma_critic=0.0),
     "fixed06": dict(lr_sigma_actor=0.0, lr_sigma_critic=0.0, sigma=0.06),
+    "shared015": dict(lr_sigma_actor=300.0, lr_sigma_critic=0.0, sigma=0.015),
     "shared03": dict(lr_sigma_actor=300.0, lr_sigma_critic=0.0),
-    "shared06": dict(lr_sigma_actor=300.0, lr_sigma_critic=0.0, sigma=0.06)}
+    "shared06": dict(lr_sigma_actor=300.0, lr_sigma_critic=0.0, sigma=0.06),
+    "critic12": dict(critic_updates=12), "critic12_lr30": dict(critic_updates=12, lr_mu_actor=30.0),
+    "batch64": dict(batch=64), "batch512": dict(batch=512), "paper": dict(paper=True),
+    "point_goal-paper": dict(paper=True, goals=4, rollouts=4, sigma=0.1, lr_mu_actor=1e-5,
+                             critic_updates=24, actor_step=0.002)}
+ITERATIONS_OF = {"paper": 3000, "point_goal-paper": 200}
 
 
 def test_committed_runs_have_the_settings_that_the_readmes_name():
     found = set()
     for folder in (HERE / "results").glob("*-*-seed*"):
         task, variant, seed = folder.name.replace("-seed", "-").split("-")
-        if variant in SETTINGS_OF:
-            make = maml.make_config if "maml" in variant else esmeta.make_config
-            config = make(task, seed=int(seed), **SETTINGS_OF[variant])
-            iterations = getattr(config, "iterations", esmeta.ITERATIONS)
-            assert figures.read_config(folder, lambda given: type(config)(**given)) == config
-            rows = len((folder / "log.csv").read_text().splitlines()) - 1
-            assert rows == iterations, folder
-            found.add(variant)
+        make = maml.make_config if "maml" in variant else esmeta.make_config
+        variant = f"{task}-{variant}" if f"{task}-{variant}" in SETTINGS_OF else variant
+        config = make(task, seed=int(seed), **SETTINGS_OF[variant])
+        iterations = getattr(config, "iterations", ITERATIONS_OF.get(variant, esmeta.ITERATIONS))
+        assert figures.read_config(folder, lambda given: type(config)(**given)) == config
+        rows = len((folder / "log.csv").read_text().splitlines()) - 1
+        assert rows == iterations, folder
+        found.add(variant)
     assert found == SETTINGS_OF.keys()
 
 
 def test_baldwin_workers_are_mirrored_and_tested_as_adapted(monkeypatch):
-    """The adapted actor stands still."""
-    config = esmeta.make_config("point_goal", rollouts=4)
-    meta = esmeta.initial_state(config)
-    monkeypatch.setattr(baldwin, "adapt", lambda theta, phi, *_: (0 * theta, phi))
+    """The adapted actor stands still; each task has a critic of its own."""
+    config = esmeta.make_config("point_goal", rollouts=4, tests=2, alive_bonus=1.0)
+    meta, critics, error = esmeta.initial_state(config), [], esmeta.critic_error
+    monkeypatch.setattr(baldwin, "adapt", lambda theta, phi, data, *_: (
+        0 * theta, phi + data.reward.mean()))
+    monkeypatch.setattr(esmeta, "critic_error", lambda theta, phi, *rest: (
+        critics.append(phi[0]) or error(theta, phi, *rest)))
     a, b, c = (baldwin.evaluate_worker(config, meta, worker) for worker in range(3))
     np.testing.assert_allclose(a.d_mu, -b.d_mu, atol=0.1)
     np.testing.assert_allclose(a.phi - meta.mu_critic, meta.mu_critic - b.phi, atol=1e-6)
     assert abs(np.corrcoef(a.d_mu, c.d_mu)[0, 1]) < 0.1
     assert abs(np.std(a.d_mu * meta.sigma_actor) - 4**0.5) < 0.1  # as far as K explorers move mu
     goals = esmeta.sample_tasks(config, 0, 0)
-    assert a.fitness == b.fitness == pytest.approx(-100 * np.mean(np.sum(goals**2, axis=1)))
-    assert a.fitness == pytest.approx(a.returns[2]) and a.env_steps == (5 + 4) * 100
+    assert a.fitness == b.fitness == pytest.approx(100 - 100 * np.mean(np.sum(goals**2, axis=1)))
+    assert a.fitness == pytest.approx(a.returns[2] + 100) and a.env_steps == (5 + 2 * 4) * 100
+    assert a.fitness_critic < 0 and len({*critics}) == 3 * len(goals)
+    assert (a.obs_sums[0] == 500).all() and (500 * a.obs_sums[2] > a.obs_sums[1] ** 2).all()
+    theta = meta.mu_actor + a.d_mu * meta.sigma_actor**2 / 2
+    still = esmeta.rollout("point_goal", theta[None], [0], lambda s: s, goals)
+    assert a.returns[0] == pytest.approx(np.mean([x.returns() for x in still]), rel=1e-4)
 
 
 def test_gains_are_leads_over_the_settings_trained_with_and_their_errors():
@@ -415,6 +488,38 @@ def test_ablations_are_of_the_last_quarter_and_its_range_over_seeds(monkeypatch)
     assert rows == ["cheetah_vel,16,3,default,470.0,400.0", "cheetah_vel,16,3,n_step=2,47.0,40.0"]
 
 
+def test_ablations_do_an_iteration_and_its_jobs_as_the_paper(monkeypatch):
+    def iterate(config, meta, crew):
+        literal = np.array_equal(*(esmeta.sample_tasks(config, 0, worker) for worker in (1, 2)))
+        crew.map(len, [((1, 2),)])
+        return meta, {"return_after": float(literal)}, 0
+
+    def fail(*_):
+        raise RuntimeError(error)
+
+    jobs, cases = [], (["", "paper:sample_tasks"], "cheetah_vel", 1, 1)
+    crew = types.SimpleNamespace(map=lambda function, new: jobs.extend(new))
+    monkeypatch.setattr(esmeta, "iterate", iterate)
+    rows = [*ablate.ablations(*cases, crew)]
+    assert rows == ["cheetah_vel,1,1,default,0.0,", "cheetah_vel,1,1,paper:sample_tasks,1.0,"]
+    assert jobs == [([], len, (1, 2)), (["sample_tasks"], len, (1, 2))]
+    monkeypatch.setattr(esmeta, "iterate", fail)
+    error = "mu or sigma is finite no more"
+    assert [*ablate.ablations(*cases, crew)][0] == "cheetah_vel,1,1,default,nan,"
+    error = "a worker process died"
+    with pytest.raises(RuntimeError, match="died"):
+        [*ablate.ablations(*cases, crew)]
+
+
+@pytest.mark.parametrize("program, rows", [(gain, "gains"), (ablate, "ablations")])
+def test_only_a_program_without_arguments_writes_its_table(program, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "TABLE", tmp_path / "table.csv")
+    monkeypatch.setattr(program, rows, lambda *_: ["a row"])
+    run = [str(HERE / "results/cheetah_vel-seed0")] * (program is gain)
+    assert program.main([*run, "n_step=2"]) == 0 and not program.TABLE.exists()
+    assert program.main([]) == 0 and program.TABLE.read_text().startswith(program.HEADER)
+
+
 def test_extra_figures_draw_means_over_seeds():
     plt = pytest.importorskip("matplotlib.pyplot")
     lines = {line.get_label(): line for line in figures.figure1(plt).axes[0].lines}
@@ -424,20 +529,63 @@ def test_extra_figures_draw_means_over_seeds():
         np.testing.assert_allclose(y, np.mean([log["return_after"] for log in logs], axis=0))
         assert round(x[-1]) == steps and len(x) == len(y)
     assert lines["MAML's paper, 1 update"].get_ydata()[0] == -78.6
+    velocity, direction, *_ = figures.adaptation(plt).axes
     dots = {line.get_markerfacecolor(): line.get_ydata().mean()
-            for line in figures.adaptation(plt).axes[0].lines if line.get_marker() == "o"}
+            for line in velocity.lines if line.get_marker() == "o"}
     assert {colour: round(y, 1) for colour, y in dots.items()} == {
         "white": -121.1, figures.BLUE: -55.2}  # as README's table
+    assert {text.get_text(): text.xy[0] for text in direction.texts} == {
+        "mean 603": -1, "mean 475": 1}
+    pays = figures.constant_speed("ant_vel", np.array([0.0, 1.0, 2.0]))  # 1.05 a step at the goal
+    np.testing.assert_allclose(pays, [10, 210, 10])
     plt.close("all")
 
 
 def test_maml_logs_returns_before_and_after_all_updates_and_counts_all_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(maml, "iterate", lambda config, theta, iteration, crew: (
         theta, np.array([1.0, 2.0, 3.0]), 0.5, 10))
-    maml.train(maml.make_config("point_goal", iterations=2), None, tmp_path)
+    config = maml.make_config("point_goal", iterations=2)
+    maml.train(config, None, tmp_path)
     rows = [line.rsplit(",", 1)[0] for line in (tmp_path / "log.csv").read_text().split()]
+    for seed, resume, words in (0, False, "holds a run"), (1, True, "other settings"):
+        with pytest.raises(ValueError, match=words):
+            maml.train(config._replace(seed=seed), None, tmp_path, resume)
     assert rows == ["iteration,return_before,return_after,kl,env_steps", "0,1,3,0.5,10",
                     "1,1,3,0.5,20"]
+
+
+def test_maml_iteration_is_of_all_tasks_and_steps(monkeypatch):
+    monkeypatch.setattr(maml, "trust_region_step", lambda theta, average, kl: (theta + 1, kl))
+    batch = maml.Batch(np.zeros((7, 20)), None, None)
+    crew = types.SimpleNamespace(map=lambda function, jobs: [
+        ([i, 3.0], [batch, batch]) for _, _, iteration, i in jobs if iteration == 5])
+    config = maml.make_config("cheetah_dir")._replace(batch=3)
+    theta, returns, kl, steps = maml.iterate(config, 0.0, 5, crew)
+    assert (theta, *returns, kl, steps) == (1.0, 1.0, 3.0, 0.02, 3 * 2 * 7)
+
+
+def test_maml_meta_test_writes_each_goal_and_update(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(maml, "load_run", lambda folder: (maml.make_config("ant_dir"), 0.5, 9, 0))
+    crew = types.SimpleNamespace(map=lambda function, jobs: [
+        [(theta + i + 100 * u, 1000.0) for u in range(4)] for _, theta, i in jobs])
+    maml.report_eval(tmp_path, crew)
+    goals, returns = figures.read_eval(tmp_path, "ant_dir")
+    np.testing.assert_array_equal(goals, tasks.test_goals("ant_dir"))
+    np.testing.assert_array_equal(returns, 0.5 + np.arange(40) + 100 * np.arange(4)[:, None])
+    mean, stochastic = capsys.readouterr().out.splitlines()
+    assert mean.endswith("20.0 120.0 220.0 320.0") and "after 9 iterations" in mean
+    assert stochastic.endswith(" 1000.0 1000.0 1000.0 1000.0")
+
+
+def test_extra_maml_rollout_ends_at_the_goal_and_has_noise_of_its_std():
+    """A point that moves by a tenth of noise of one: along x of std 1, along y of the least."""
+    pytest.importorskip("torch")
+    theta = 0 * maml.initial_theta(maml.make_config("point_goal"))
+    theta[-4:] = 1, 0, -99, -99  # the mean, which moves alone, and the log std
+    noise = np.ones((100, 1, 2), np.float32)
+    data = maml.rollout("point_goal", theta, [0.3, 0.0], np.array([0]), noise)
+    assert data.valid.sum() == 3
+    np.testing.assert_allclose(data.action[:3, 0], [[1, 1e-6]] * 3, rtol=1e-4)
 
 
 def test_baldwin_committed_run_is_what_its_checkpoint_does(monkeypatch):

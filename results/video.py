@@ -131,7 +131,7 @@ def make_video(args):
     print(f"{out}: {len(frames)} frames, before: {before}, after: {after}")
 
 
-@one_line("video")
+@one_line("results.video")
 def main(argv=None):
     """The program."""
     parser = esmeta.OneLineParser("results.video", description=__doc__.split("\n")[0])
