@@ -40,12 +40,11 @@ import importlib.util
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.resource_tracker
 import signal
 import sys
 import threading
 import time
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,8 +114,8 @@ TASK_SETTINGS = {  # (ours)
     "ant_vel": dict(ANT, alive_bonus=2.0),
     "ant_dir": dict(ANT, actor_step=11.0),
 }
-# The paper names no rates, nor a number of tasks. DDPG's rates are Lillicrap's (2015), the actor's
-# ten times his, as it takes few steps. Eq. 10's are small: its gradient is as large as F / sigma
+# The paper names no rates and no number of tasks. DDPG's are Lillicrap's (2015), the actor's ten
+# times his, as it takes few steps. Eq. 10's are small, as its gradient is as large as F / sigma
 PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=1e-6, lr_sigma_actor=1e-8,
              lr_mu_critic=1e-6, lr_sigma_critic=1e-8, half_life=0.0, momentum=0.0,
              weight_decay=0.0, gamma=0.99, n_step=1, critic_updates=1, batch=64, critic_lr=1e-3,
@@ -190,8 +189,8 @@ def train(config, iterations=ITERATIONS, processes=None, out=None, resume=False,
     `out` is by default runs/<task>-seed<N>. Only config and `iterations` change the result. Raises
     ValueError for what cannot be, RuntimeError for a run that cannot go on.
     """
-    if iterations < 0:
-        raise ValueError(f"iterations must be at least 0, not {iterations}")
+    if iterations < 0 or out == "":
+        raise ValueError(f"iterations must be at least 0, out a folder, not {iterations}, {out!r}")
     out = Path(out or f"runs/{config.task}-seed{config.seed}")
     with Crew(processes, pool) as crew:
         meta = open_run(out, config, resume)
@@ -204,7 +203,7 @@ def train(config, iterations=ITERATIONS, processes=None, out=None, resume=False,
             save_checkpoint(out / "checkpoint.npz", config, meta)
             print(f"{meta.iteration}/{iterations}", f"failed {failed} " * bool(failed) + " ".join(
                 f"{name} {value:.4g}" for name, value in [*row.items()][1:]), flush=True)
-    print(f"{out} has {meta.iteration} iterations; meta-test it with --eval {out} --updates 3")
+    print(f"{out} has {meta.iteration} iterations; test it: --eval {out} --updates 3", flush=True)
     return meta
 
 
@@ -264,12 +263,9 @@ def evaluate_worker(config, meta, worker):
 
 
 def sample_tasks(config, iteration, worker):
-    """T_t: the goals of a worker, (G, ..)."""
-    if config.paper:  # one mini-batch of tasks for all workers
-        rng = generator(GOALS, config.seed, iteration, 0)
-        return tasks.sample_goals(config.task, rng, config.goals)
-    rng = generator(GOALS, config.seed, iteration, worker)
-    return tasks.spread_goals(config.task, rng, config.goals)
+    """T_t: the goals of a worker, (G, ..); --paper: one mini-batch of tasks for all workers."""
+    sample, index = (tasks.sample_goals, 0) if config.paper else (tasks.spread_goals, worker)
+    return sample(config.task, generator(GOALS, config.seed, iteration, index), config.goals)
 
 
 def sample_explorers(mu, sigma, config, rng):
@@ -670,14 +666,17 @@ class Crew(contextlib.AbstractContextManager):
             import ray
             from ray.util.multiprocessing import Pool
             if not ray.is_initialized():  # RAY_ADDRESS names a running cluster: it has its cores
+                handler = signal.getsignal(signal.SIGTERM)
                 ray.init(num_cpus=None if os.environ.get("RAY_ADDRESS") else n, log_to_driver=False,
                          runtime_env={"working_dir": str(Path(__file__).parent),
                                       "excludes": ["runs", ".venv", ".git", "results"]})
+                with contextlib.suppress(ValueError):  # outside the main thread, as Ray set none
+                    signal.signal(signal.SIGTERM, handler)
             self.pool, self.members, self.lost_errors = Pool(n), (), (ray.exceptions.RayActorError,)
             return
         # workers never draw: else each starts a process that looks for glfw, and may outlive it
         os.environ.setdefault("MUJOCO_GL", "off")
-        resource_tracker.ensure_running()  # its start would unblock the signal again
+        multiprocessing.resource_tracker.ensure_running()  # whose start unblocks the signal
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:  # workers inherit the mask: no Ctrl-C; a fork would copy locks and threads
             self.pool = multiprocessing.get_context("spawn").Pool(n)
@@ -703,25 +702,23 @@ class Crew(contextlib.AbstractContextManager):
 
 def open_run(out, config, resume):
     """Make or check a run directory, cut its log.csv: -> the state to go on from."""
-    log, checkpoint = out / "log.csv", out / "checkpoint.npz"
-    if out.exists() and not out.is_dir() or resume and not checkpoint.exists():
-        raise ValueError(f"{out} is no run directory: it has no {checkpoint.name}")
-    if checkpoint.exists() and not resume:
-        raise ValueError(f"{out} holds a run: --resume continues it, --out names another place")
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, settings, log = (out / x for x in ("checkpoint.npz", "config.json", "log.csv"))
     meta = initial_state(config)
-    if checkpoint.exists():
+    if resume:
         stored, meta = load_checkpoint(checkpoint)
         for name, value in dataclasses.asdict(stored).items():
             if getattr(config, name) != value:
                 raise ValueError(f"{out} was trained with another {name}, {value!r}")
+    elif out.is_file() or checkpoint.exists() or settings.exists() or log.exists():
+        raise ValueError(f"{out} is taken: --resume continues a run, --out names another place")
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    rows = lines[1 : meta.iteration + 1 if checkpoint.exists() else None]
+    rows = lines[1 : meta.iteration + 1]
     if [row.split(",")[0] for row in rows] != [str(i) for i in range(meta.iteration)]:
         raise ValueError(f"{log} has not the {meta.iteration} rows of {checkpoint}")
-    replace_file(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    out.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(checkpoint, config, meta)  # the first: without it the others are of no run
+    replace_file(settings, json.dumps(dataclasses.asdict(config), indent=1))
     replace_file(log, "\n".join([",".join(LOG_COLUMNS), *rows, ""]))
-    save_checkpoint(checkpoint, config, meta)
     return meta
 
 
@@ -824,7 +821,7 @@ def report_eval(path, updates=1, processes=None, rollouts=None):
     replace_file(folder / (f"eval-K{rollouts}.csv" if rollouts else "eval.csv"),
                  "".join(map(csv_line, [("task", "goal", "updates", "return"), *rows])))
     print(f"{name}, mean return before and after each update:",
-          *(f"{mean:.1f}" for mean in returns.mean(axis=1)))
+          *(f"{mean:.1f}" for mean in returns.mean(axis=1)), flush=True)
 
 
 def stop_if_asked():
@@ -896,4 +893,7 @@ def main(argv=None):
 if __name__ == "__main__":
     import esmeta  # jobs name functions of esmeta, not of __main__, to whoever unpickles them
 
-    sys.exit(esmeta.main())
+    status = esmeta.main()
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: it was closed, so None
+        sys.stdout.close()  # else what a full disk or a closed pipe refused is tried again at exit
+    sys.exit(status)

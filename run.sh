@@ -24,7 +24,7 @@ if ! "$python" -I -c 'import pip' 2>/dev/null; then
     [ "$base" = none ] && { echo "run.sh: needs Python 3.11 or newer on the PATH" >&2; exit 1; }
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
   done
-  "$base" -m venv "$here/.venv" >/dev/null 2>&1 || {
+  "$base" -m venv "$here/.venv" >&2 || {
     rm -rf "$here/.venv"
     echo "run.sh: $base cannot make a virtual environment; on Debian: apt install python3-venv" >&2
     exit 1

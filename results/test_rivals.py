@@ -1,6 +1,8 @@
-"""Tests of the rivals; PyTorch's are skipped where it is not installed."""
+"""Tests of this folder: rivals, stored runs, tables, pictures; some skipped without extras."""
 
 import csv
+import dataclasses
+import re
 import signal
 import subprocess
 import sys
@@ -443,6 +445,54 @@ def test_committed_runs_have_the_settings_that_the_readmes_name():
         assert rows == ITERATIONS_OF.get(variant, usual), folder
         found.add(variant)
     assert found == SETTINGS_OF.keys()
+
+
+DEFAULTS = sorted(path.name for path in (HERE / "results").glob("*")
+                  if re.fullmatch(r"\w+-seed\d+", path.name))
+
+
+@pytest.mark.parametrize("folder", DEFAULTS)
+def test_committed_runs_of_the_defaults_are_what_their_checkpoints_do(folder):
+    (task, seed), path = folder.split("-seed"), HERE / "results" / folder
+    config, meta = esmeta.load_checkpoint(path)
+    assert config == esmeta.make_config(task, seed=int(seed))
+    rows = len((path / "log.csv").read_text().splitlines()) - 1
+    assert {rows, meta.iteration, esmeta.ITERATIONS} == {100}
+    if seed == "0":  # one update, 4 goals, to 10 or 10 %: other CPUs round differently
+        rows = list(csv.DictReader((path / "eval.csv").open()))
+        written = [float(row["return"]) for row in rows if row["updates"] == "1"][:4]
+        after = esmeta.meta_test(path, tasks.test_goals(task)[:4])[1]
+        assert after.mean() == pytest.approx(np.mean(written), rel=0.1, abs=10)
+
+
+def test_the_laboratory_book_says_why_for_each_setting_of_ours():
+    text = (HERE / "results/README.md").read_text().split("\n## Why each setting\n")[1]
+    listed = re.findall(r"^\| `(\w+)`", text.split("\n## ")[0], re.M)
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(esmeta.Config)
+                                    if field.metadata["source"] == "ours")
+
+
+def test_video_renders_an_ant_where_the_machine_can():
+    script = ("from results import video; import gymnasium, tasks; video.CAN_RENDER or exit('no'); "
+              "env = gymnasium.make('esmeta/AntVel-v0', render_mode='rgb_array'); "
+              "env.reset(seed=0); first = env.render(); [env.step([1] * 8) for _ in range(20)]; "
+              "frame = env.render(); env.close(); "
+              "print(frame.shape, frame.dtype, frame.std() > 1, (frame != first).any())")
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                             cwd=HERE)  # MUJOCO_GL counts before the import only
+    if process.stderr == "no\n":
+        pytest.skip("no OpenGL here")
+    assert process.stdout.startswith("(480, 480, 3) uint8 True True\n"), process.stderr
+
+
+def test_extra_scripts_draw_and_film(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("PIL")
+    film, run = tmp_path / "point.gif", tmp_path / "run"
+    assert esmeta.main([*TINY, "--iterations", "2", "--out", str(run)]) == 0
+    for line in f"results.figures {run}", f"results.video {run} --goal 0.1 0.2 --out {film}":
+        subprocess.run([sys.executable, "-m", *line.split()], check=True, cwd=HERE)
+    assert (run / "training.png").stat().st_size and film.stat().st_size
 
 
 def test_baldwin_workers_are_mirrored_and_tested_as_adapted(monkeypatch):
