@@ -19,16 +19,18 @@ HERE = Path(__file__).parent
 TASKS = ("cheetah_vel", "cheetah_dir", "ant_vel", "ant_dir")
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#0969b2", "#d95f02", "#1b8a5a", "#777777", "#7b3294"
 RIVALS = (("baldwin", "ES + A2C", ORANGE), ("maml", "MAML here", PURPLE))
-PANELS = (  # of figure 2: key, title, after which updates MAML's lines are, {variant: label}
-    ("workers", "workers; learned or fixed sigma", "1",
+SHARED = {"": "as it is", "shared03": "sigma 0.03, one a layer, learned"}
+PANELS = (  # of figure 2: task, key, title, after which updates MAML's lines are, {variant: label}
+    ("cheetah_vel", "workers", "workers; learned or fixed sigma", "1",
      {"": "as it is", "M16": "16 workers, not 64", "fixed_sigma": "fixed sigma"}),
-    ("cycles", "gradient updates of an adaptation", "13",
+    ("cheetah_vel", "cycles", "gradient updates of an adaptation", "13",
      {"": "as it is", "cycles3": "3 gradient updates, each a third as long"}),
-    ("updates", "MAML here, gradient updates", "13",
+    ("cheetah_vel", "updates", "MAML here, gradient updates", "13",
      {"maml": "MAML here", "maml3": "MAML here, trained with 3 updates"}),
-    ("sigma", "one sigma a layer", "1",
-     {"": "as it is", "shared06": "sigma 0.06, one a layer, learned",
-      "fixed06": "sigma 0.06, fixed", "shared03": "sigma 0.03, one a layer, learned"}))
+    ("cheetah_vel", "sigma", "one sigma a layer", "1",
+     {**SHARED, "shared06": "sigma 0.06, one a layer, learned", "fixed06": "sigma 0.06, fixed"}),
+    ("cheetah_dir", "sigma", "one sigma a layer", "1", SHARED),
+    ("ant_dir", "sigma", "one sigma a layer", "1", SHARED))
 STYLE = {"figure.dpi": 100, "font.size": 11, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "legend.fontsize": 9.5, "lines.linewidth": 1.8}
@@ -216,15 +218,15 @@ def setting_label(runs, part):
     return f"{read_config(runs[0], text)} ({len(runs)} seed{'s' * (len(runs) != 1)})"
 
 
-def figure2(plt, task="cheetah_vel"):
+def figure2(plt):
     """A panel for each of PANELS; None without runs to compare."""
-    panels = [(part, title, updates, [runs for name in names if (runs := find_runs(task, name))])
-              for part, title, updates, names in PANELS]
+    panels = [(*panel, [runs for name in names if (runs := find_runs(panel[0], name))])
+              for *panel, names in PANELS]
     panels = [panel for panel in panels if len(panel[-1]) > 1]
     if not panels:
         return None
-    figure, axes = plt.subplots(2, 2, figsize=(10, 8.4), sharey=True, layout="constrained")
-    for ax, (part, title, updates, variants) in zip(axes.flat, panels):
+    figure, axes = plt.subplots(3, 2, figsize=(10, 12.4), sharey="row", layout="constrained")
+    for ax, (task, part, title, updates, variants) in zip(axes.flat, panels):
         for runs, colour in zip(variants, (BLUE, ORANGE, GREEN, PURPLE)):
             curve(ax, runs, "return_after", setting_label(runs, part), colour)
         yardsticks(ax, task, updates, constant=False)

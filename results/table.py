@@ -122,13 +122,13 @@ def rivals_table():
                            *(f"{mean:.1f}" for mean in means)])
 
 
-def variants_table(task="cheetah_vel"):
+def variants_table():
     """A row for each curve of figure 2."""
-    yield from head(f"`{task}`", "before", "1 update", "3 updates")
-    variants = {name: text for *_, names in PANELS for name, text in names.items()}
-    for variant, text in variants.items():
+    yield from head("task", "setting", "before", "1 update", "3 updates")
+    variants = {(task, name): text for task, *_, names in PANELS for name, text in names.items()}
+    for (task, variant), text in variants.items():
         if cells := mean_and_seeds(task, variant):
-            yield row([text, *cells])
+            yield row([f"`{task}`", text, *cells])
 
 
 @one_line("results.table")
