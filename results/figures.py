@@ -18,7 +18,9 @@ from results.guard import one_line
 HERE = Path(__file__).parent
 TASKS = ("cheetah_vel", "cheetah_dir", "ant_vel", "ant_dir")
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#0969b2", "#d95f02", "#1b8a5a", "#777777", "#7b3294"
-RIVALS = (("baldwin", "ES + A2C", ORANGE), ("maml", "MAML here", PURPLE))
+RIVALS = (  # of figure 1: variant, label, colour, iterations that a point is the mean of
+    ("baldwin", "ES + A2C", ORANGE, 1), ("maml", "MAML here", PURPLE, 1),
+    ("paper", "--paper", "black", 50))  # its iteration has one goal
 SHARED = {"": "as it is", "shared03": "sigma 0.03, one a layer, learned"}
 PANELS = (  # of figure 2: task, key, title, after which updates MAML's lines are, {variant: label}
     ("cheetah_vel", "workers", "workers; learned or fixed sigma", "1",
@@ -134,13 +136,14 @@ def find_runs(task, variant=""):
 # ---- pieces of a picture ------------------------------------------------------------------------
 
 
-def curve(ax, runs, column, label, colour, steps=False, **line):
+def curve(ax, runs, column, label, colour, steps=False, every=1, **line):
     """Mean of the seeds' column against iterations, or steps; their range as a band."""
     logs = [read_log(folder) for folder in runs]
-    n = min(len(log[column]) for log in logs)  # as far as all seeds go
+    n = min(len(log[column]) for log in logs) // every * every  # as far as all seeds go
     values, x = np.stack([log[column][:n] for log in logs]), logs[0]["iteration"][:n] + 1
     if steps:
         x = np.mean([steps_once_a_task(folder)[:n] for folder in runs], axis=0)
+    values, x = (array.reshape(*array.shape[:-1], -1, every).mean(axis=-1) for array in (values, x))
     ax.plot(x, values.mean(axis=0), color=colour, label=label, **line)
     if len(runs) > 1:
         ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
@@ -192,11 +195,14 @@ def figure1(plt):
         curve(ax, runs, "return_after", "ESMeta, after adaptation", BLUE, steps=True)
         curve(ax, runs, "return_before", "ESMeta, before", GREY, steps=True, lw=1)
         counts = [f"ESMeta {len(runs)}"]
-        for variant, label, colour in RIVALS:
+        for variant, label, colour, every in RIVALS:
             if rival := find_runs(task, variant):
+                limits = ax.get_xlim()
                 curve(ax, rival, "return_after", f"{label}, after adaptation", colour, steps=True,
-                      lw=0.8)
-                counts.append(f"{label} {len(rival)}")
+                      every=every, lw=0.8)
+                if variant == "paper":  # it goes on, to 845 M steps
+                    ax.set_xlim(limits)
+                counts.append(f"{label.removesuffix(' here')} {len(rival)}")
         yardsticks(ax, task)
         finish(ax, f"{task}\nseeds: {', '.join(counts)}", "steps of all tasks, millions")
     for ax in axes.flat[len(found):]:
