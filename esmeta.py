@@ -67,7 +67,7 @@ run_, outer, explore, inner = map(settings_of, GROUPS)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that decides a bit of a run; TASK_SETTINGS and PAPER are other defaults."""
+    """All that a run's bits depend on; TASK_SETTINGS and PAPER are other defaults."""
 
     task: str = run_("cheetah_vel", "paper", "one of " + ", ".join(tasks.TASKS))
     seed: int = run_(0, "ours", "of every random number of a training", 0, 2**63 - 1)
@@ -87,7 +87,7 @@ class Config:
     sigma: float = explore(0.03, "ours", "initial std of every weight", 1e-5, 1)
     gamma: float = inner(0.97, "ours", "discount", 0, 0.9999)
     n_step: int = inner(20, "ours", "rewards in a target of the critic", 1, 10**4)
-    cycles: int = inner(1, "paper", "(fit critic, step actor) on the same data", 1, 10**4)
+    cycles: int = inner(1, "ours", "(fit critic, step actor) on the same data", 1, 10**4)
     critic_updates: int = inner(12, "ours", "minibatches that a cycle fits the critic to", 1, 10**6)
     batch: int = inner(256, "ours", "steps in a minibatch", 1, 10**6)
     critic_lr: float = inner(3e-3, "ours", "Adam rate of the critic", 0, 10)
@@ -114,8 +114,8 @@ TASK_SETTINGS = {  # (ours)
     "ant_vel": dict(ANT, alive_bonus=2.0),
     "ant_dir": dict(ANT, actor_step=11.0),
 }
-# The paper names no rates and no number of tasks. DDPG's are Lillicrap's (2015), the actor's ten
-# times his, as it takes few steps. Eq. 10's are small, as its gradient is as large as F / sigma
+# The paper names no rates, no number of tasks or DDPG steps. DDPG's rates are Lillicrap's (2015),
+# the actor's ten times his. Eq. 10's are small, as its gradient is as large as F / sigma
 PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=1e-6, lr_sigma_actor=1e-8,
              lr_mu_critic=1e-6, lr_sigma_critic=1e-8, half_life=0.0, momentum=0.0,
              weight_decay=0.0, gamma=0.99, n_step=1, critic_updates=1, batch=64, critic_lr=1e-3,
@@ -152,7 +152,7 @@ class MetaState(NamedTuple):
     mu_critic: np.ndarray  # (P_c,)
     sigma_critic: np.ndarray  # (P_c,)
     velocity: np.ndarray  # (P,), the running mean of mu_a's steps
-    obs_sums: np.ndarray  # (3, obs), of 1, of s and of s^2 over all that the explorers saw
+    obs_sums: np.ndarray  # (3, obs), of 1, of s and of s^2 where the explorers acted
     iteration: int
     env_steps: int
 
@@ -289,7 +289,7 @@ def evaluate_adapted(theta, theta_bar, move, explored, goals, normalise, config,
         [tests] = rollout(config.task, theta_bar + move[task], starts, normalise, [goals[task]],
                           config.alive_bonus)
         return tests, task, np.mean(tests.returns())
-    # test r of j: the step of task (j // 2 + r) mod G, one start a pair; the last task has fewest
+    # test r of j: the step of task (j // 2 + r) mod G, one start a pair; the first may have more
     r, j = np.divmod(np.arange(config.tests * len(theta)), len(theta))
     task, starts = (j // 2 + r) % len(goals), rng.integers(2**31, size=len(j) // 2).repeat(2)
     [tests] = rollout(config.task, theta[j] + move[task], starts, normalise, [goals[task]],
@@ -583,7 +583,7 @@ def critic_backward(d_q, cache):
 
 
 def rollout(task, theta, starts, normalise, goals, bonus=0.0, noise=None):
-    """N episodes, one from each seed in `starts`: theta (A, P); actor a has the a-th N / A seeds.
+    """N episodes, one from each seed in `starts`: theta (A, P); actor a has the a-th N / A of them.
 
     No dynamics depend on the goal: -> a list, the Trajectories under each of `goals`, (..) or
     (N, ..), where each step taken earns `bonus` more. `noise` (H, N, act) is added to the actions.
@@ -780,7 +780,7 @@ def config_of_update(update, data, config):
     """Config of a meta-test's update: its step is the training's times `shrink`^update.
 
     Where the task has a best reward, also times d / (R / 4), in [0, MAX_STRETCH]: d is what the
-    later steps' mean reward lacks of it, R / 4 the goals' mean distance from mid-range (m/s).
+    later half of the steps lacks of it, R the goals' range (m/s), in the mean R / 4 off its middle.
     """
     if config.paper:  # steps as in training
         return config
@@ -812,16 +812,16 @@ def meta_test(path, goals=None, updates=1, seed=0, processes=1, rollouts=None):
 
 
 def report_eval(path, updates=1, processes=None, rollouts=None):
-    """Meta-test, write eval.csv (eval-K<rollouts>.csv) beside the checkpoint, print the means."""
+    """Meta-test, print the means, write eval.csv (eval-K<rollouts>.csv) beside the checkpoint."""
     name = load_checkpoint(path)[0].task
     goals, returns = tasks.test_goals(name), meta_test(path, None, updates, 0, processes, rollouts)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     rows = [(name, " ".join(f"{x:.6g}" for x in np.ravel(goal)), u, float(value))
             for u, values in enumerate(returns) for goal, value in zip(goals, values)]
-    replace_file(folder / (f"eval-K{rollouts}.csv" if rollouts else "eval.csv"),
-                 "".join(map(csv_line, [("task", "goal", "updates", "return"), *rows])))
     print(f"{name}, mean return before and after each update:",
           *(f"{mean:.1f}" for mean in returns.mean(axis=1)), flush=True)
+    replace_file(folder / (f"eval-K{rollouts}.csv" if rollouts else "eval.csv"),
+                 "".join(map(csv_line, [("task", "goal", "updates", "return"), *rows])))
 
 
 def stop_if_asked():
@@ -839,8 +839,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser():
     """The command line: a flag for every field of Config, generated from it, and a few more."""
-    parser = OneLineParser("esmeta.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-                           argument_default=argparse.SUPPRESS)  # what is not given is not there
+    parser = OneLineParser("esmeta.py", description=(__doc__ or "").split("\n")[0],
+                           allow_abbrev=False, argument_default=argparse.SUPPRESS)  # unset: absent
     groups = {name: parser.add_argument_group(name).add_argument for name in GROUPS}
     for field in dataclasses.fields(Config):
         name, kind, about = field.name, type(field.default), field.metadata

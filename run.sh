@@ -2,7 +2,7 @@
 # ./run.sh --task cheetah_vel   makes .venv, installs requirements.txt, trains
 # ./run.sh test                 the same, then runs the tests
 set -eu
-unset CDPATH # with it, cd may go elsewhere and prints where
+unset CDPATH PYTHONSAFEPATH # with them cd may go elsewhere, and esmeta.py does not find tasks.py
 script=$0
 while [ -L "$script" ]; do # macOS had no readlink -f for long
   link=$(readlink "$script")

@@ -33,7 +33,7 @@ class Task(NamedTuple):
     horizon: int = 200  # H, steps
     rollouts: int = 20  # K of MAML, of a meta-test and of --paper
     shrink: float = 0.25  # of a meta-test: an update's step over that of the one before (ours)
-    best_reward: float | None = None  # of a step, at the goal: lengthens meta-test steps
+    best_reward: float | None = None  # of a step, at the goal: scales a meta-test's steps
 
     def reward(self, velocity, action, contact, goal):
         """A robot's r (...): v, g (...) in m/s or g = +-1, a (..., act), f (..., 84) of the ant.
