@@ -116,10 +116,10 @@ TASK_SETTINGS = {  # (ours)
 }
 # The paper names no rates, no number of tasks or DDPG steps. DDPG's rates are Lillicrap's (2015),
 # the actor's ten times his. Eq. 10's are small, as its gradient is as large as F / sigma
-PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=1e-6, lr_sigma_actor=1e-8,
+PAPER = dict(goals=1, tests=1, alive_bonus=0.0, lr_mu_actor=3e-7, lr_sigma_actor=1e-8,
              lr_mu_critic=1e-6, lr_sigma_critic=1e-8, half_life=0.0, momentum=0.0,
-             weight_decay=0.0, gamma=0.99, n_step=1, critic_updates=1, batch=64, critic_lr=1e-3,
-             actor_step=1e-3)
+             weight_decay=0.0, gamma=0.99, n_step=1, cycles=3, critic_updates=48, batch=64,
+             critic_lr=1e-3, actor_step=1e-3)
 TARGET_TAU = 1e-3  # share that the paper's target networks move (Lillicrap et al. 2015)
 OBS_CLIP = 5.0  # of normalised observations: the ant's rare contact forces have tiny variances
 ITERATIONS = 100  # of a run (ours)

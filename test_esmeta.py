@@ -653,9 +653,9 @@ def test_meta_test_by_hand(name, paper):
 def test_papers_form_has_none_of_our_settings(name):
     config = dataclasses.asdict(esmeta.make_config(name, True))
     assert config == config | dict(  # Lillicrap's (2015) DDPG, the actor's rate ten times his
-        goals=1, tests=1, cycles=1, n_step=1, critic_updates=1, batch=64, gamma=0.99,
+        goals=1, tests=1, cycles=3, n_step=1, critic_updates=48, batch=64, gamma=0.99,
         critic_lr=1e-3, actor_step=1e-3, alive_bonus=0, half_life=0, momentum=0, weight_decay=0,
-        lr_mu_actor=1e-6, lr_mu_critic=1e-6, lr_sigma_actor=1e-8, lr_sigma_critic=1e-8,
+        lr_mu_actor=3e-7, lr_mu_critic=1e-6, lr_sigma_actor=1e-8, lr_sigma_critic=1e-8,
         workers=64, rollouts=40 if name == "ant_dir" else 20)
     own = esmeta.make_config(name, True, rollouts=3, n_step=5)  # it has no pairs: odd is fine
     assert (own.rollouts, own.n_step) == (3, 5)

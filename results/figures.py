@@ -200,7 +200,7 @@ def figure1(plt):
                 limits = ax.get_xlim()
                 curve(ax, rival, "return_after", f"{label}, after adaptation", colour, steps=True,
                       every=every, lw=0.8)
-                if variant == "paper":  # it goes on, to 845 M steps
+                if variant == "paper":  # it goes on
                     ax.set_xlim(limits)
                 counts.append(f"{label.removesuffix(' here')} {len(rival)}")
         yardsticks(ax, task)
