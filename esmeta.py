@@ -839,8 +839,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser():
     """The command line: a flag for every field of Config, generated from it, and a few more."""
-    parser = OneLineParser("esmeta.py", description=(__doc__ or "").split("\n")[0],
-                           allow_abbrev=False, argument_default=argparse.SUPPRESS)  # unset: absent
+    parser = OneLineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False,
+                           argument_default=argparse.SUPPRESS)  # a flag not given is absent
     groups = {name: parser.add_argument_group(name).add_argument for name in GROUPS}
     for field in dataclasses.fields(Config):
         name, kind, about = field.name, type(field.default), field.metadata

@@ -138,7 +138,7 @@ def main(argv=None):
     """The program, with esmeta's flags and exit status."""
     with mock.patch.multiple(
             esmeta, train=train, evaluate_worker=evaluate_worker, evaluate_goal=evaluate_goal,
-            update_distribution=update_distribution, VERSION=VERSION):
+            update_distribution=update_distribution, VERSION=VERSION, __doc__=__doc__):
         return esmeta.main(argv)
 
 

@@ -45,7 +45,8 @@ def train(config, *args, plain=esmeta.train, **others):
 
 def main(argv=None):
     """The program, with esmeta's exit status."""
-    with mock.patch.multiple(esmeta, train=train, ascend=ascend, save_checkpoint=save_checkpoint):
+    with mock.patch.multiple(esmeta, train=train, ascend=ascend, save_checkpoint=save_checkpoint,
+                             __doc__=__doc__):
         return esmeta.main(argv)
 
 

@@ -165,6 +165,13 @@ def test_baldwin_refuses_bad_input_in_one_line(flags, capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("program", [esmeta, baldwin, shared_sigma])
+def test_help_says_whose_program_it_is(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert program.main(["--help"]) == 0
+    assert program.__doc__.split("\n")[0] in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error, code", [
     (None, 0), (ValueError("a\nb"), 2), (OverflowError("x"), 2), (OSError("x"), 1),
     (RuntimeError("x"), 1), (MemoryError("x"), 1), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
