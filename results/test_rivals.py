@@ -175,7 +175,10 @@ def test_help_says_whose_program_it_is(program, capsys, monkeypatch):
 @pytest.mark.parametrize("error, code", [
     (None, 0), (ValueError("a\nb"), 2), (OverflowError("x"), 2), (OSError("x"), 1),
     (RuntimeError("x"), 1), (MemoryError("x"), 1), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
-def test_an_error_of_a_program_is_one_line_and_its_exit_status(error, code, capsys):
+def test_an_error_of_a_program_is_one_line_and_its_exit_status(error, code, capsys, request):
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of `&` ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, old))
+
     @guard.one_line("program")
     def main(argv):
         if isinstance(error, signal.Signals):
