@@ -441,7 +441,7 @@ SETTINGS_OF = {  # a folder's variant: what differs from the defaults
     "point_goal-paper": dict(paper=True, goals=4, rollouts=4, sigma=0.1, lr_mu_actor=1e-5,
                              cycles=1, critic_updates=24, actor_step=0.002),
     "ant_dir-maml": {}}
-ITERATIONS_OF = {"paper": 3000, "cheetah_vel-paper": 339, "paper1e7": 311,
+ITERATIONS_OF = {"paper": 3000, "cheetah_vel-paper": 1884, "paper1e7": 311,
                  "paper1": 3000, "point_goal-paper": 200, "ant_dir-maml": 166}
 
 
