@@ -203,7 +203,7 @@ def figure1(plt):
         yardsticks(ax, task)
         ax.set_xscale("log")  # --paper takes six to ten times ESMeta's steps
         ax.xaxis.set_major_formatter("{x:g}")
-        finish(ax, f"{task}\nseeds: {', '.join(counts)}", "steps of all tasks, millions (log scale)")
+        finish(ax, f"{task}\nseeds: {', '.join(counts)}", "steps of all tasks, millions (log)")
     for ax in axes.flat[len(found):]:
         ax.set_visible(False)
     shared_legend(figure, axes)
