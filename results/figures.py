@@ -201,7 +201,7 @@ def figure1(plt):
                       every=every, lw=0.8)
                 counts.append(f"{label.removesuffix(' here')} {len(rival)}")
         yardsticks(ax, task)
-        ax.set_xscale("log")  # --paper takes six to ten times ESMeta's steps
+        ax.set_xscale("log")  # --paper takes six to eleven times ESMeta's steps
         ax.xaxis.set_major_formatter("{x:g}")
         finish(ax, f"{task}\nseeds: {', '.join(counts)}", "steps of all tasks, millions (log)")
     for ax in axes.flat[len(found):]:
